@@ -1,0 +1,109 @@
+//! The guest-physical address space, the I/O ports and the interrupt lines of a Husk VM.
+//!
+//! Everything that the monitor puts into guest memory, and every address at which a device answers,
+//! is named here, so that two things can never be given the same place.
+//!
+//! ```text
+//! 0x0000_0500  boot GDT, IDT
+//! 0x0000_6000  PVH start info, memory map, module list
+//! 0x0000_7000  Linux boot_params ("zero page")
+//! 0x0000_9000  identity-mapping page tables
+//! 0x0001_0000  setup_data (random seed)
+//! 0x0002_0000  kernel command line
+//! 0x0009_fc00  end of usable low memory
+//! 0x000e_0000  ACPI tables
+//! 0x000f_0000  MP floating pointer and MP table
+//! 0x0010_0000  high memory: kernel, initrd, the rest
+//! 0xc000_0000  the hole: devices; nothing below 4 GiB is memory from here on
+//! 0x1_0000_0000  memory again
+//! ```
+
+/// Boot GDT (4 descriptors of 8 bytes).
+pub const GDT: u64 = 0x500;
+/// Boot IDT: empty, limit 7.
+pub const IDT: u64 = 0x520;
+/// `hvm_start_info` of a PVH boot; the memory map and module list follow in the same page.
+pub const PVH_INFO: u64 = 0x6000;
+/// Linux's `boot_params`.
+pub const ZERO_PAGE: u64 = 0x7000;
+/// Initial stack pointer of the boot vCPU.
+pub const BOOT_STACK: u64 = 0x8ff0;
+/// First of the page-table pages (PML4, then PDPT, then PDs) of a 64-bit boot.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// `setup_data` list for Linux.
+pub const SETUP_DATA: u64 = 0x1_0000;
+/// Kernel command line, NUL-terminated.
+pub const CMDLINE: u64 = 0x2_0000;
+/// Longest command line in bytes without its NUL: Linux's x86 `COMMAND_LINE_SIZE` is 2048.
+pub const CMDLINE_MAX: usize = 2047;
+/// End of the memory that the guest may use below 1 MiB.
+pub const LOW_MEMORY_END: u64 = 0x9_fc00;
+/// RSDP, and all ACPI tables behind it.
+pub const ACPI: u64 = 0xe_0000;
+/// Room for ACPI tables, in bytes.
+pub const ACPI_SIZE: u64 = 0x1_0000;
+/// MP floating pointer structure (where Linux and others scan for it), the MP table behind it.
+pub const MP_TABLE: u64 = 0xf_0000;
+/// Room for the MP table, in bytes.
+pub const MP_TABLE_SIZE: u64 = 0x2000;
+/// Start of high memory.
+pub const HIGH_MEMORY: u64 = 0x10_0000;
+
+/// Start of the hole below 4 GiB in which devices live.
+pub const HOLE_START: u64 = 0xc000_0000;
+/// End of the hole: memory goes on here.
+pub const HOLE_END: u64 = 0x1_0000_0000;
+/// First virtio-mmio slot; each is [`VIRTIO_MMIO_SIZE`] bytes long. The page below it is left for
+/// a boot timer at [`HOLE_START`].
+pub const VIRTIO_MMIO: u64 = HOLE_START + 0x1000;
+/// Size of a virtio-mmio slot in bytes.
+pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+/// I/O APIC registers (KVM's in-kernel one).
+pub const IO_APIC: u64 = 0xfec0_0000;
+/// Local APIC registers.
+pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// Page that KVM needs for its identity map on some Intel hosts.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// Three pages that KVM needs for its task state segment on some Intel hosts.
+pub const KVM_TSS: u64 = 0xfffb_d000;
+
+/// COM1.
+pub const COM1_PORT: u16 = 0x3f8;
+/// Number of I/O ports of COM1.
+pub const COM1_PORTS: u16 = 8;
+/// i8042 command port: writing 0xfe resets the machine.
+pub const I8042_PORT: u16 = 0x60;
+/// Number of I/O ports of the i8042 (0x60 data, 0x64 command and status).
+pub const I8042_PORTS: u16 = 5;
+/// pvpanic, at QEMU's port.
+pub const PVPANIC_PORT: u16 = 0x505;
+/// ACPI SLEEP_CONTROL_REG (ACPI 6.5, 4.8.3.7).
+pub const SLEEP_CONTROL_PORT: u16 = 0x600;
+/// ACPI SLEEP_STATUS_REG.
+pub const SLEEP_STATUS_PORT: u16 = 0x601;
+/// ACPI RESET_REG: writing [`RESET_VALUE`] resets the machine.
+pub const RESET_PORT: u16 = 0x602;
+/// Pending events of the Generic Event Device, read (and cleared by reading) in its `_EVT`.
+pub const EVENTS_PORT: u16 = 0x603;
+/// Boot mark: a byte that guest software writes to say how far it has come.
+pub const MARK_PORT: u16 = 0x604;
+/// First port of the block 0x600..0x605 that holds the five registers above.
+pub const POWER_PORTS: (u16, u16) = (SLEEP_CONTROL_PORT, 5);
+/// Value for the reset register.
+pub const RESET_VALUE: u8 = 1;
+/// SLP_TYP of S5 (soft off), as the DSDT's `\_S5` says it.
+pub const SLEEP_TYPE_S5: u8 = 5;
+/// Bit of [`EVENTS_PORT`]: the power button was pressed.
+pub const EVENT_POWER_BUTTON: u8 = 1;
+
+/// Interrupt line of COM1.
+pub const COM1_IRQ: u32 = 4;
+/// Interrupt line of the Generic Event Device (edge, active high).
+pub const EVENTS_IRQ: u32 = 5;
+/// First interrupt line for virtio-mmio devices.
+pub const VIRTIO_IRQ: u32 = 6;
+/// Number of I/O APIC pins.
+pub const IO_APIC_PINS: u32 = 24;
+
+/// Most vCPUs that a VM may have.
+pub const MAX_CPUS: u32 = 64;

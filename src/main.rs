@@ -1,0 +1,2 @@
+//! Husk's binary (skeleton).
+fn main() {}
