@@ -1,4 +1,9 @@
 //! x86-64: memory layout, boot protocols, CPUID, MSRs, ACPI, MP table.
-#![warn(missing_docs)]
+//!
+//! **Architecture Invariant:** pure functions from values to bytes and registers. No file, no ioctl, no guest memory.
+#![forbid(unsafe_code)]
 
+pub mod boot;
 pub mod layout;
+pub mod memory_map;
+pub mod msrs;

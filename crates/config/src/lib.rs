@@ -1,1 +1,235 @@
-//! (skeleton)
+//! What a VM is to be, and what may be asked of the monitor: the types that the command line, a configuration
+//! file and the REST socket fill.
+//!
+//! Field names and shapes follow Firecracker's API, so that its users' files and programs need no change.
+//!
+//! **Architecture Invariant:** a leaf. No KVM, no file is opened here but the configuration file itself, and
+//! nothing here has a second copy elsewhere: a device or a boot reads what it needs from [`VmConfig`].
+#![forbid(unsafe_code)]
+
+mod error;
+mod size;
+
+pub use error::Error;
+pub use size::parse_mib;
+
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// Most vCPUs that a VM may have.
+pub const MAX_VCPUS: u32 = 64;
+/// Least memory that a VM may have, in MiB.
+pub const MIN_MEMORY_MIB: u64 = 32;
+/// Longest kernel command line in bytes: x86 Linux takes 2048 with the final NUL.
+pub const MAX_BOOT_ARGS: usize = 2047;
+/// Largest configuration file that is read, in bytes.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Kernel parameters that Husk gives when the user gives none of his own, and in front of those that he adds.
+///
+/// - `console=ttyS0`: the console is the 16550A.
+/// - `reboot=panic_warm panic=-1`: a panic restarts at once, marked as warm, so that Husk tells it from an
+///   orderly reboot.
+/// - `pci=off 8250.nr_uarts=1 i8042.noaux i8042.nokbd …`: do not search for hardware that is not there.
+/// - `no_timer_check`, `tsc=reliable`: the timer and the TSC are KVM's; checking them takes time and finds
+///   only the host's load.
+pub const DEFAULT_BOOT_ARGS: &str = "console=ttyS0 reboot=panic_warm panic=-1 pci=off 8250.nr_uarts=1 \
+     i8042.noaux i8042.nokbd i8042.nopnp i8042.dumbkbd no_timer_check tsc=reliable";
+
+/// All of a VM's configuration. Its JSON form is the configuration file and the body of `GET /vm/config`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct VmConfig {
+    /// What is booted.
+    #[serde(default)]
+    pub boot_source: BootSource,
+    /// Processors and memory.
+    #[serde(default)]
+    pub machine_config: MachineConfig,
+    /// What a reboot by the guest does.
+    #[serde(default)]
+    pub on_reboot: OnReboot,
+}
+
+/// The kernel, its initrd and its command line.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootSource {
+    /// An ELF vmlinux or a bzImage.
+    pub kernel_image_path: PathBuf,
+    /// The initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd_path: Option<PathBuf>,
+    /// The whole kernel command line; [`DEFAULT_BOOT_ARGS`] when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_args: Option<String>,
+    /// How the kernel is entered.
+    #[serde(default)]
+    pub boot_protocol: BootProtocol,
+}
+
+impl BootSource {
+    /// The kernel command line that the guest gets.
+    pub fn command_line(&self) -> &str {
+        self.boot_args.as_deref().unwrap_or(DEFAULT_BOOT_ARGS)
+    }
+}
+
+/// How a kernel is entered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BootProtocol {
+    /// PVH for an ELF file that has its note, else the 64-bit Linux boot protocol.
+    #[default]
+    Auto,
+    /// The 64-bit Linux boot protocol.
+    Linux,
+    /// PVH: 32-bit entry, `hvm_start_info` in EBX.
+    Pvh,
+}
+
+/// Processors and memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// 1 to [`MAX_VCPUS`].
+    pub vcpu_count: u32,
+    /// At least [`MIN_MEMORY_MIB`], in MiB.
+    pub mem_size_mib: u64,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self {
+            vcpu_count: 1,
+            mem_size_mib: 256,
+        }
+    }
+}
+
+/// What a reboot by the guest does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReboot {
+    /// The VM ends, as at a power-off.
+    #[default]
+    Exit,
+    /// The VM boots again from its configuration, in the same process.
+    Restart,
+}
+
+impl VmConfig {
+    /// Read a JSON configuration file.
+    pub fn from_file(path: &Path) -> Result<Self, Error> {
+        use std::io::Read;
+        let read = |source| Error::Read {
+            path: path.into(),
+            source,
+        };
+        let mut text = String::new();
+        let file = std::fs::File::open(path).map_err(read)?;
+        file.take(MAX_FILE + 1)
+            .read_to_string(&mut text)
+            .map_err(read)?;
+        if text.len() as u64 > MAX_FILE {
+            return Err(Error::FileTooLarge { path: path.into() });
+        }
+        serde_json::from_str(&text).map_err(|source| Error::Json {
+            path: path.into(),
+            source,
+        })
+    }
+
+    /// Check every value that can be judged without looking at the host.
+    pub fn validate(&self) -> Result<(), Error> {
+        if self.boot_source.kernel_image_path.as_os_str().is_empty() {
+            return Err(Error::NoKernel);
+        }
+        let cpus = self.machine_config.vcpu_count;
+        if !(1..=MAX_VCPUS).contains(&cpus) {
+            return Err(Error::Vcpus(cpus));
+        }
+        let mib = self.machine_config.mem_size_mib;
+        if mib < MIN_MEMORY_MIB {
+            return Err(Error::MemoryTooSmall(mib));
+        }
+        let args = self.boot_source.command_line();
+        if args.len() > MAX_BOOT_ARGS {
+            return Err(Error::BootArgsTooLong(args.len()));
+        }
+        if let Some(at) = args.find('\0') {
+            return Err(Error::BootArgsNul(at));
+        }
+        Ok(())
+    }
+}
+
+/// What may be asked of the monitor. One state machine in `husk-vmm` answers all of them.
+#[derive(Clone, Debug)]
+pub enum VmmRequest {
+    /// Replace the configuration. Before boot only.
+    Configure(Box<VmConfig>),
+    /// Build the VM and let it run.
+    Boot,
+    /// Press the ACPI power button: the guest decides what to do.
+    PressPowerButton,
+    /// End the VM now, whatever the guest is doing.
+    Stop,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn valid() -> VmConfig {
+        let mut config = VmConfig::default();
+        config.boot_source.kernel_image_path = "vmlinux".into();
+        config
+    }
+
+    #[test]
+    fn a_firecracker_file_is_read_and_written_back_the_same() {
+        let text = r#"{"boot-source":{"kernel_image_path":"vmlinux","initrd_path":"i","boot_args":"a=1"},
+                       "machine-config":{"vcpu_count":2,"mem_size_mib":1024}}"#;
+        let config: VmConfig = serde_json::from_str(text).unwrap();
+        assert_eq!(config.machine_config.vcpu_count, 2);
+        assert_eq!(config.boot_source.command_line(), "a=1");
+        assert_eq!(config.on_reboot, OnReboot::Exit);
+        let again = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<VmConfig>(&again).unwrap(), config);
+    }
+
+    #[test]
+    fn unknown_fields_are_refused_by_name() {
+        let error =
+            serde_json::from_str::<VmConfig>(r#"{"machine-config":{"vcpus":2}}"#).unwrap_err();
+        assert!(error.to_string().contains("vcpus"), "{error}");
+    }
+
+    #[test]
+    fn each_value_out_of_range_is_named() {
+        valid().validate().unwrap();
+        let with = |change: &dyn Fn(&mut VmConfig)| {
+            let mut config = valid();
+            change(&mut config);
+            config.validate().unwrap_err().to_string()
+        };
+        assert!(with(&|c| c.machine_config.vcpu_count = 0).contains("0 vCPUs"));
+        assert!(with(&|c| c.machine_config.vcpu_count = 65).contains("1 to 64"));
+        assert!(with(&|c| c.machine_config.mem_size_mib = 0).contains("0 MiB"));
+        assert!(with(&|c| c.boot_source.boot_args = Some("x".repeat(2048))).contains("2048 bytes"));
+        assert!(with(&|c| c.boot_source.boot_args = Some("a\0b".into())).contains("NUL"));
+        assert!(with(&|c| c.boot_source.kernel_image_path = "".into()).contains("--kernel"));
+    }
+
+    #[test]
+    fn the_limits_themselves_are_allowed() {
+        let mut config = valid();
+        config.machine_config = MachineConfig {
+            vcpu_count: 64,
+            mem_size_mib: 32,
+        };
+        config.boot_source.boot_args = Some("x".repeat(MAX_BOOT_ARGS));
+        config.validate().unwrap();
+    }
+}

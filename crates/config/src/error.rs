@@ -1,0 +1,49 @@
+use crate::{MAX_BOOT_ARGS, MAX_VCPUS, MIN_MEMORY_MIB};
+use std::path::PathBuf;
+
+/// What is wrong with a configuration. All of these are the user's to mend.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file could not be read.
+    #[error("cannot read the configuration file {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is no sensible size.
+    #[error("the configuration file {} is larger than 1 MiB; is it the right file?", path.display())]
+    FileTooLarge {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Not JSON, or a field is unknown or of the wrong kind.
+    #[error("the configuration file {} is not valid", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// No kernel.
+    #[error("no kernel is named; give one with --kernel PATH (or boot-source.kernel_image_path)")]
+    NoKernel,
+    /// vCPU count out of range.
+    #[error("{0} vCPUs cannot be had; --cpus takes 1 to {MAX_VCPUS}")]
+    Vcpus(u32),
+    /// Too little memory.
+    #[error("{0} MiB of memory is too little; --memory takes {MIN_MEMORY_MIB}M or more")]
+    MemoryTooSmall(u64),
+    /// Command line too long.
+    #[error(
+        "the kernel command line is {0} bytes long, Linux takes {MAX_BOOT_ARGS}; shorten --cmdline"
+    )]
+    BootArgsTooLong(usize),
+    /// Command line has a NUL.
+    #[error("the kernel command line has a NUL at byte {0}; remove it from --cmdline")]
+    BootArgsNul(usize),
+    /// Not a size.
+    #[error("{0:?} is not a memory size; write for example 512M or 2G (a bare number is MiB)")]
+    Size(String),
+}

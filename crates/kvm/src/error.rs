@@ -1,0 +1,52 @@
+use vmm_sys_util::errno;
+
+/// What the host refused. None of these is the guest's or the configuration's fault.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The device node is missing.
+    #[error(
+        "there is no /dev/kvm: load the module kvm_intel or kvm_amd, and allow virtualization in the firmware (in a cloud VM: \
+         nested virtualization); `husk doctor` says more"
+    )]
+    NoDevice,
+    /// The node is there, its driver is not.
+    #[error(
+        "/dev/kvm is there but its driver is not: load the module kvm_intel or kvm_amd, and allow virtualization in the \
+         firmware; `husk doctor` says more"
+    )]
+    NoHardware,
+    /// Not allowed.
+    #[error(
+        "no permission to open /dev/kvm: join its group (`sudo usermod -aG kvm $USER`, then log in again); `husk doctor` says more"
+    )]
+    NoPermission,
+    /// Could not be opened for another reason.
+    #[error("cannot open /dev/kvm; `husk doctor` says more")]
+    Open(#[source] errno::Error),
+    /// Not the stable API.
+    #[error(
+        "/dev/kvm speaks API version {0}, not 12; a host kernel that is not 25 years old is needed"
+    )]
+    ApiVersion(i32),
+    /// KVM_CREATE_VM failed.
+    #[error(
+        "KVM cannot create a VM; is another hypervisor (VirtualBox, VMware) using the processor's virtualization?"
+    )]
+    CreateVm(#[source] errno::Error),
+    /// A vCPU could not be created.
+    #[error("KVM cannot create vCPU {0}; fewer may fit: --cpus")]
+    CreateVcpu(u32, #[source] errno::Error),
+    /// Guest memory was refused.
+    #[error("KVM refuses {size:#x} bytes of guest memory at {address:#x}")]
+    MemorySlot {
+        /// Guest-physical address.
+        address: u64,
+        /// Length in bytes.
+        size: u64,
+        /// Why.
+        source: errno::Error,
+    },
+    /// Any other ioctl.
+    #[error("the KVM call {0} failed")]
+    Ioctl(&'static str, #[source] errno::Error),
+}

@@ -1,0 +1,79 @@
+use crate::{Error, Vcpu};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
+
+/// A KVM VM. Its methods may be called from several threads at once; KVM orders them.
+#[derive(Debug)]
+pub struct Vm {
+    fd: VmFd,
+}
+
+impl Vm {
+    pub(crate) fn new(fd: VmFd) -> Self {
+        Self { fd }
+    }
+
+    /// Create the in-kernel interrupt controllers (two 8259s, an I/O APIC, a local APIC for each vCPU to come) and the
+    /// PIT. Before the first vCPU. Sleeps in a grace period: call it beside other work.
+    ///
+    /// `tss` is where KVM puts three pages for itself on Intel hosts without unrestricted guests.
+    pub fn create_interrupt_controllers(&self, tss: u64) -> Result<(), Error> {
+        let tss = usize::try_from(tss).unwrap_or(usize::MAX);
+        self.fd
+            .set_tss_address(tss)
+            .map_err(|e| Error::Ioctl("KVM_SET_TSS_ADDR", e))?;
+        self.fd
+            .create_irq_chip()
+            .map_err(|e| Error::Ioctl("KVM_CREATE_IRQCHIP", e))?;
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        self.fd
+            .create_pit2(pit)
+            .map_err(|e| Error::Ioctl("KVM_CREATE_PIT2", e))
+    }
+
+    /// Back `size` bytes of guest-physical memory at `address` with host memory at `host`. Sleeps in a grace period.
+    ///
+    /// # Safety
+    /// `host..host + size` must be a mapping that stays there, and is used for nothing but this guest's memory, until
+    /// this VM and all of its vCPUs are dropped.
+    pub unsafe fn set_memory_slot(
+        &self,
+        slot: u32,
+        address: u64,
+        size: u64,
+        host: u64,
+    ) -> Result<(), Error> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: address,
+            memory_size: size,
+            userspace_addr: host,
+        };
+        // SAFETY: the caller answers for the mapping behind `host`.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(|source| Error::MemorySlot {
+            address,
+            size,
+            source,
+        })
+    }
+
+    /// Pulse interrupt line `gsi` whenever `event` is written, with no exit to the monitor.
+    pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), Error> {
+        self.fd
+            .register_irqfd(event, gsi)
+            .map_err(|e| Error::Ioctl("KVM_IRQFD", e))
+    }
+
+    /// Create vCPU `index`, which is also its APIC id. After the interrupt controllers.
+    pub fn create_vcpu(&self, index: u32) -> Result<Vcpu, Error> {
+        self.fd
+            .create_vcpu(u64::from(index))
+            .map(|fd| Vcpu::new(fd, self.fd.run_size()))
+            .map_err(|e| Error::CreateVcpu(index, e))
+    }
+}
