@@ -1,2 +1,90 @@
-//! Husk's binary (skeleton).
-fn main() {}
+//! Husk's binary: the command line, logging, and the wiring of threads. No logic of its own.
+#![forbid(unsafe_code)]
+
+mod cli;
+mod guest;
+mod logging;
+mod run;
+
+use clap::{CommandFactory, Parser};
+use cli::{Cli, Command};
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Instant;
+
+/// What ends the process with a message.
+pub struct Failure {
+    message: String,
+    status: u8,
+}
+
+impl Failure {
+    /// The user can mend it: exit status 2.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            status: 2,
+        }
+    }
+
+    /// The host is in the way: exit status 1.
+    pub fn host(message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            status: 1,
+        }
+    }
+}
+
+impl From<husk_vmm::Error> for Failure {
+    fn from(error: husk_vmm::Error) -> Self {
+        Self {
+            message: husk_vmm::chain(&error),
+            status: if error.is_host_trouble() { 1 } else { 2 },
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let start = Instant::now();
+    husk_console::install_panic_hook();
+    let cli = Cli::parse();
+    if let Err(message) = logging::start(cli.log_level.into(), cli.log_file.as_deref()) {
+        return report(Failure::usage(message));
+    }
+    let result = match cli.command {
+        Command::Run(arguments) => run::run(&arguments, start),
+        Command::Doctor(_) => Ok(0),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "husk", &mut script);
+            print(&script)
+        }
+        Command::Man => {
+            let mut page = Vec::new();
+            match clap_mangen::Man::new(Cli::command()).render(&mut page) {
+                Ok(()) => print(&page),
+                Err(e) => Err(Failure::host(format!("cannot make the man page: {e}"))),
+            }
+        }
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(failure) => report(failure),
+    }
+}
+
+fn report(failure: Failure) -> ExitCode {
+    // With stderr closed there is nobody left to tell.
+    let _ = writeln!(std::io::stderr(), "husk: {}", failure.message);
+    ExitCode::from(failure.status)
+}
+
+fn print(bytes: &[u8]) -> Result<u8, Failure> {
+    match std::io::stdout().write_all(bytes) {
+        // `husk man | head` has seen enough.
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(0),
+        Err(e) => Err(Failure::host(format!("cannot write to stdout: {e}"))),
+        Ok(()) => Ok(0),
+    }
+}

@@ -3,7 +3,10 @@
 //! **Architecture Invariant:** pure functions from values to bytes and registers. No file, no ioctl, no guest memory.
 #![forbid(unsafe_code)]
 
+pub mod acpi;
 pub mod boot;
+pub mod cpuid;
 pub mod layout;
 pub mod memory_map;
+pub mod mptable;
 pub mod msrs;

@@ -1,1 +1,96 @@
-//! (skeleton)
+//! The VM's state machine and its one builder.
+//!
+//! A request comes in as [`husk_config::VmmRequest`], whoever sends it; [`Vmm::handle`] is the one place that answers it.
+//!
+//! **Architecture Invariant:** nothing here reads the command line, speaks HTTP or owns a terminal.
+
+mod error;
+mod lifecycle;
+mod load;
+mod memory;
+mod timeline;
+mod vcpu;
+mod vm;
+
+pub use error::{Error, chain};
+pub use lifecycle::{Outcome, Wake};
+pub use timeline::{Phase, Timeline};
+pub use vcpu::{ExitCounts, install_kick_handler};
+pub use vm::{Console, Host};
+
+use husk_config::{VmConfig, VmmRequest};
+use vm::Vm;
+
+/// The monitor of one VM.
+pub struct Vmm {
+    host: Host,
+    config: VmConfig,
+    state: State,
+}
+
+enum State {
+    Configuring,
+    Running(Box<Vm>),
+}
+
+impl Vmm {
+    /// A monitor without a configuration.
+    pub fn new(host: Host) -> Self {
+        Self {
+            host,
+            config: VmConfig::default(),
+            state: State::Configuring,
+        }
+    }
+
+    /// Do what `request` asks. A request that fails changes nothing.
+    pub fn handle(&mut self, request: VmmRequest) -> Result<(), Error> {
+        match (&self.state, request) {
+            (State::Configuring, VmmRequest::Configure(config)) => {
+                config.validate()?;
+                self.config = *config;
+            }
+            (State::Configuring, VmmRequest::Boot) => {
+                self.state = State::Running(Box::new(Vm::boot(&self.config, &self.host)?));
+            }
+            (State::Running(vm), VmmRequest::PressPowerButton) => vm.press_power_button(),
+            (State::Running(vm), VmmRequest::Stop) => vm.end(Outcome::Stopped),
+            (State::Configuring, _) => return Err(Error::State("the VM is not running")),
+            (State::Running(_), _) => return Err(Error::State("the VM is already running")),
+        }
+        Ok(())
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// How the VM ended; None while it runs or before it was booted.
+    pub fn outcome(&self) -> Option<Outcome> {
+        match &self.state {
+            State::Configuring => None,
+            State::Running(vm) => vm.outcome(),
+        }
+    }
+
+    /// The guest's kernel has said that it panicked; it may still run.
+    pub fn has_panicked(&self) -> bool {
+        matches!(&self.state, State::Running(vm) if vm.has_panicked())
+    }
+
+    /// The VM ends as one whose kernel has panicked.
+    pub fn give_up_after_panic(&self) {
+        if let State::Running(vm) = &self.state {
+            vm.end(Outcome::Panic);
+        }
+    }
+
+    /// Take the VM down, back to its configuration. None when there is none.
+    pub fn take_down(&mut self) -> Option<(Outcome, Option<ExitCounts>)> {
+        match std::mem::replace(&mut self.state, State::Configuring) {
+            State::Configuring => None,
+            State::Running(vm) => Some(vm.stop()),
+        }
+    }
+}

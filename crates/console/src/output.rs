@@ -1,0 +1,310 @@
+//! The guest's output: a bounded buffer, drained by a thread that may block on the host.
+
+use crate::Error;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Most bytes that wait for the host before a vCPU does.
+const CAPACITY: usize = 64 * 1024;
+/// How long the thread stays awake after a write, so that a stream of single bytes costs neither a wake-up
+/// nor a write each. The first byte after a silence never waits.
+const LINGER: Duration = Duration::from_millis(1);
+const STACK: usize = 128 * 1024;
+
+/// The guest's output on its way to a file descriptor, in order and complete.
+///
+/// When the descriptor fails for good (a closed pipe, a full disk) there is one warning in the log, and what
+/// follows is discarded: the VM goes on.
+pub struct Output {
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    buffer: Mutex<Buffer>,
+    filled: Condvar,  // the thread waits: there are bytes, or the end
+    drained: Condvar, // writers and `close` wait
+}
+
+#[derive(Default)]
+struct Buffer {
+    bytes: Vec<u8>,
+    asleep: bool,   // the thread needs a wake-up
+    waiters: usize, // on `drained`
+    closing: bool,  // the thread ends when it has written everything
+    discard: bool,  // bytes go nowhere: the descriptor failed, or the VM is being ended
+    done: bool,     // the thread has ended
+}
+
+impl Output {
+    /// Start the thread "console-out", which writes to `target`.
+    pub fn start(target: impl AsFd + Send + 'static) -> Result<Self, Error> {
+        let shared = Arc::new(Shared::default());
+        let thread = Arc::clone(&shared);
+        std::thread::Builder::new()
+            .name("console-out".into())
+            .stack_size(STACK)
+            .spawn(move || drain(&thread, &target))
+            .map_err(|source| Error::Thread {
+                name: "console-out",
+                source,
+            })?;
+        Ok(Self { shared })
+    }
+
+    /// Wait until everything is written (or [`Output::abandon`] is called), and end the thread. What is
+    /// written to a closed output is dropped.
+    pub fn close(&self) {
+        let mut buffer = self.shared.lock();
+        buffer.closing = true;
+        self.shared.filled.notify_one();
+        while !(buffer.done || buffer.discard && buffer.bytes.is_empty()) {
+            buffer = self.shared.wait_drained(buffer);
+        }
+    }
+
+    /// Give up: drop what waits, release every thread that waits in [`husk_devices::serial::Output::write`] or
+    /// [`Output::close`]. A thread that the host blocks in a write is left behind.
+    pub fn abandon(&self) {
+        let mut buffer = self.shared.lock();
+        buffer.discard();
+        buffer.closing = true;
+        self.shared.filled.notify_one();
+        self.shared.drained.notify_all();
+    }
+}
+
+impl Drop for Output {
+    /// The thread ends by itself when it has written everything.
+    fn drop(&mut self) {
+        self.shared.lock().closing = true;
+        self.shared.filled.notify_one();
+    }
+}
+
+impl husk_devices::serial::Output for Output {
+    fn write(&self, mut bytes: &[u8]) {
+        let mut buffer = self.shared.lock();
+        while !bytes.is_empty() && !buffer.discard && !buffer.done {
+            let room = CAPACITY.saturating_sub(buffer.bytes.len());
+            if room == 0 {
+                self.shared.filled.notify_one(); // it may linger
+                buffer = self.shared.wait_drained(buffer);
+                continue;
+            }
+            let (now, later) = bytes.split_at(room.min(bytes.len()));
+            buffer.bytes.extend_from_slice(now);
+            bytes = later;
+            if buffer.asleep {
+                buffer.asleep = false;
+                self.shared.filled.notify_one();
+            }
+        }
+    }
+}
+
+impl Buffer {
+    fn discard(&mut self) {
+        self.discard = true;
+        self.bytes = Vec::new();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Buffer> {
+        self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_drained<'a>(&'a self, mut buffer: MutexGuard<'a, Buffer>) -> MutexGuard<'a, Buffer> {
+        buffer.waiters += 1;
+        let mut buffer = self
+            .drained
+            .wait(buffer)
+            .unwrap_or_else(PoisonError::into_inner);
+        buffer.waiters = buffer.waiters.saturating_sub(1);
+        buffer
+    }
+
+    /// Exchange `chunk`, which is empty, for what waits; `None` at the end.
+    fn next(&self, mut chunk: Vec<u8>, linger: bool) -> Option<Vec<u8>> {
+        let mut buffer = self.lock();
+        if linger && buffer.bytes.is_empty() && !buffer.closing {
+            let (lingered, _) = self
+                .filled
+                .wait_timeout(buffer, LINGER)
+                .unwrap_or_else(PoisonError::into_inner);
+            buffer = lingered;
+        }
+        while buffer.bytes.is_empty() {
+            if buffer.closing {
+                return None;
+            }
+            buffer.asleep = true;
+            buffer = self
+                .filled
+                .wait(buffer)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        buffer.asleep = false;
+        std::mem::swap(&mut buffer.bytes, &mut chunk);
+        if buffer.waiters > 0 {
+            self.drained.notify_all();
+        }
+        Some(chunk)
+    }
+}
+
+fn drain(shared: &Shared, target: &impl AsFd) {
+    let (mut chunk, mut wrote) = (Vec::new(), false);
+    while let Some(full) = shared.next(chunk, wrote) {
+        if let Err(error) = write_all(target, &full) {
+            let mut buffer = shared.lock();
+            if !buffer.discard {
+                buffer.discard();
+                shared.drained.notify_all();
+                drop(buffer);
+                log::warn!(
+                    "cannot write the guest's console output, it is discarded from now on: {error}"
+                );
+            }
+        }
+        chunk = full;
+        chunk.clear();
+        wrote = true;
+    }
+    shared.lock().done = true;
+    shared.drained.notify_all();
+}
+
+/// Write all of `bytes`, waiting as long as it takes, whether or not the descriptor is non-blocking.
+fn write_all(target: &impl AsFd, mut bytes: &[u8]) -> Result<(), Errno> {
+    while !bytes.is_empty() {
+        match rustix::io::write(target, bytes) {
+            Ok(0) => return Err(Errno::IO),
+            Ok(written) => bytes = bytes.get(written..).unwrap_or_default(),
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => match poll(&mut [PollFd::new(target, PollFlags::OUT)], None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error),
+            },
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use husk_devices::serial::Output as _;
+    use rustix::pipe::{PipeFlags, pipe, pipe_with};
+    use std::fs::File;
+    use std::io::Read;
+    use std::sync::mpsc;
+
+    fn pattern(len: usize) -> Vec<u8> {
+        (0..len).map(|i| (i ^ (i >> 8) ^ (i >> 16)) as u8).collect()
+    }
+
+    /// 10 MB byte by byte and in strings, to a reader that now and then dawdles.
+    fn flood(flags: PipeFlags) {
+        let (reader, writer) = pipe_with(flags).unwrap();
+        rustix::io::ioctl_fionbio(&reader, false).unwrap();
+        let sent = pattern(10_000_000);
+        let reading = std::thread::spawn(move || {
+            let (mut reader, mut received, mut chunk) =
+                (File::from(reader), Vec::<u8>::new(), [0; 50_000]);
+            for round in 0.. {
+                match reader.read(&mut chunk).unwrap() {
+                    0 => return received,
+                    len => received.extend(&chunk[..len]),
+                }
+                if round % 50 == 0 {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+            received
+        });
+        let output = Output::start(writer).unwrap();
+        let (single, strings) = sent.split_at(2_000_000);
+        single.iter().for_each(|&byte| output.write(&[byte]));
+        strings
+            .chunks(100_001)
+            .for_each(|string| output.write(string));
+        output.close();
+        drop(output);
+        assert!(reading.join().unwrap() == sent);
+    }
+
+    #[test]
+    fn ten_megabytes_arrive_whole_at_a_slow_reader() {
+        flood(PipeFlags::empty());
+    }
+
+    #[test]
+    fn a_non_blocking_target_loses_nothing() {
+        flood(PipeFlags::NONBLOCK);
+    }
+
+    #[test]
+    fn a_byte_after_a_silence_arrives_by_itself() {
+        let (reader, writer) = pipe().unwrap();
+        let output = Output::start(writer).unwrap();
+        let mut byte = [0];
+        for sent in 0..20 {
+            output.write(&[sent]);
+            File::from(reader.try_clone().unwrap())
+                .read_exact(&mut byte)
+                .unwrap();
+            assert_eq!(byte, [sent]);
+            std::thread::sleep(LINGER * u32::from(sent % 3));
+        }
+    }
+
+    #[test]
+    fn a_closed_pipe_and_a_full_disk_do_not_stop_the_guest() {
+        let (reader, writer) = pipe().unwrap();
+        drop(reader);
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let read_only = File::open("/dev/null").unwrap();
+        for target in [writer, full.into(), read_only.into()] {
+            let output = Output::start(target).unwrap();
+            for _ in 0..10 {
+                output.write(&pattern(CAPACITY));
+            }
+            output.close();
+        }
+    }
+
+    #[test]
+    fn abandoning_releases_whoever_a_stuck_host_blocks() {
+        let (_reader, writer) = pipe().unwrap();
+        let output = Arc::new(Output::start(writer).unwrap());
+        let (tell, told) = mpsc::channel();
+        let vcpu = {
+            let (output, tell) = (Arc::clone(&output), tell.clone());
+            std::thread::spawn(move || {
+                output.write(&pattern(1_000_000)); // more than pipe and buffer hold
+                tell.send("vcpu").unwrap();
+            })
+        };
+        assert!(
+            told.recv_timeout(Duration::from_millis(50)).is_err(),
+            "back-pressure"
+        );
+        let closing = {
+            let output = Arc::clone(&output);
+            std::thread::spawn(move || {
+                output.close();
+                tell.send("close").unwrap();
+            })
+        };
+        output.abandon();
+        vcpu.join().unwrap();
+        closing.join().unwrap();
+        output.write(b"dropped");
+    }
+}

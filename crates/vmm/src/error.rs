@@ -1,0 +1,156 @@
+use crate::memory;
+use std::path::PathBuf;
+
+/// Why a VM could not be built or run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] husk_config::Error),
+    /// The kernel is no kernel, or cannot be read.
+    #[error(transparent)]
+    Kernel(#[from] husk_loader::Error),
+    /// A segment of the kernel lies where there is no memory.
+    #[error(
+        "the kernel {} wants {size:#x} bytes at {address:#x}, which {memory_mib} MiB of memory do not have there; give it more --memory", path.display()
+    )]
+    SegmentOutside {
+        /// The kernel.
+        path: PathBuf,
+        /// Guest-physical address of the segment.
+        address: u64,
+        /// Its length in memory, in bytes.
+        size: u64,
+        /// The VM's memory.
+        memory_mib: u64,
+    },
+    /// PVH was asked for, and the kernel has no PVH entry.
+    #[error("the kernel {} has no PVH entry (ELF note Xen, type 18); use --boot-protocol auto", .0.display())]
+    NoPvh(PathBuf),
+    /// The initrd cannot be read.
+    #[error("cannot read the initrd {}", path.display())]
+    Initrd {
+        /// The initrd.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The initrd is a directory.
+    #[error("the initrd {} is a directory; give the image file", .0.display())]
+    InitrdDirectory(PathBuf),
+    /// The initrd has no bytes.
+    #[error("the initrd {} is empty; leave --initrd out, or give another", .0.display())]
+    InitrdEmpty(PathBuf),
+    /// The initrd does not fit.
+    #[error(
+        "the initrd {} is {} MiB large, and only {} MiB of memory are free for it; give the VM more --memory",
+        path.display(), size.div_ceil(1 << 20), room >> 20
+    )]
+    InitrdTooLarge {
+        /// The initrd.
+        path: PathBuf,
+        /// Its length in bytes.
+        size: u64,
+        /// What is free behind the kernel, in bytes.
+        room: u64,
+    },
+    /// More memory than the host has.
+    #[error(
+        "{mib} MiB of memory do not fit this host, which has {host_mib} MiB (swap included); use a smaller --memory"
+    )]
+    MemoryTooLarge {
+        /// What was asked for.
+        mib: u64,
+        /// What the host has.
+        host_mib: u64,
+    },
+    /// More memory than the processor can address.
+    #[error(
+        "{mib} MiB of memory do not fit the {bits} address bits of this processor; use a smaller --memory"
+    )]
+    AddressBits {
+        /// What was asked for.
+        mib: u64,
+        /// Physical address bits.
+        bits: u32,
+    },
+    /// More vCPUs than this KVM allows.
+    #[error("this host's KVM allows {most} vCPUs, not {cpus}; use a smaller --cpus")]
+    TooManyVcpus {
+        /// What was asked for.
+        cpus: u32,
+        /// What KVM allows.
+        most: usize,
+    },
+    /// The request does not fit the VM's state.
+    #[error("{0}")]
+    State(&'static str),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] husk_kvm::Error),
+    /// ACPI tables.
+    #[error("the ACPI tables cannot be made")]
+    Acpi(#[from] husk_arch::acpi::Error),
+    /// MP table.
+    #[error("the MP table cannot be made")]
+    MpTable(#[from] husk_arch::mptable::Error),
+    /// CPUID.
+    #[error("the processor's features cannot be described to the guest")]
+    Cpuid(#[from] husk_arch::cpuid::Error),
+    /// A device could not be put on its bus.
+    #[error("two devices want the same address")]
+    Bus(#[from] husk_bus::Error),
+    /// The host has no more event descriptors, threads or the like.
+    #[error("the host refuses {0}")]
+    Host(&'static str, #[source] std::io::Error),
+    /// No random bytes.
+    #[error("the host gives no random bytes: {0}")]
+    Random(String),
+}
+
+impl Error {
+    /// Exit status 1: the host is in the way. Everything else is the user's to mend, exit status 2.
+    pub fn is_host_trouble(&self) -> bool {
+        match self {
+            Error::Kvm(_)
+            | Error::Acpi(_)
+            | Error::MpTable(_)
+            | Error::Cpuid(_)
+            | Error::Bus(_)
+            | Error::Host(..)
+            | Error::Random(_)
+            | Error::Memory(_) => true,
+            Error::Config(_)
+            | Error::Kernel(_)
+            | Error::SegmentOutside { .. }
+            | Error::NoPvh(_)
+            | Error::Initrd { .. }
+            | Error::InitrdDirectory(_)
+            | Error::InitrdEmpty(_)
+            | Error::InitrdTooLarge { .. }
+            | Error::MemoryTooLarge { .. }
+            | Error::AddressBits { .. }
+            | Error::TooManyVcpus { .. }
+            | Error::State(_) => false,
+        }
+    }
+}
+
+/// `error` and all that it was caused by, on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // A transparent error is its own cause's text.
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}

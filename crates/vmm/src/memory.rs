@@ -1,0 +1,365 @@
+//! Guest memory: one reservation of host address space, in which files stand where the guest finds their bytes.
+
+use husk_arch::memory_map::{Range, memory_ranges};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::ptr::null_mut;
+use std::sync::Arc;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+const PAGE: u64 = 4096;
+/// Size of a huge page: host and guest addresses agree modulo this, so that KVM can map one as a whole.
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// Why guest memory could not be made or filled.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host gave no address space.
+    #[error("the host cannot give {} MiB of address space for guest memory; use a smaller --memory", .0 >> 20)]
+    Reserve(u64, #[source] rustix::io::Errno),
+    /// vm-memory refused the reservation.
+    #[error("guest memory of {} MiB cannot be described; use another --memory", .0 >> 20)]
+    Describe(u64),
+    /// Mapping or reading a file into guest memory.
+    #[error("cannot put {size:#x} bytes of a file into guest memory at {address:#x}")]
+    File {
+        /// Guest-physical address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// An address outside memory.
+    #[error("{size:#x} bytes at {address:#x} are outside guest memory")]
+    Outside {
+        /// Guest-physical address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+    },
+}
+
+/// The memory of one VM. Dropped after its VM and vCPUs: KVM must not keep addresses that mean something else.
+#[derive(Debug)]
+pub struct GuestMemory {
+    memory: GuestMemoryMmap,
+    slots: Vec<(Range, u64)>,
+    // Last, so that everything above that points into it is gone before it.
+    _reservation: Reservation,
+}
+
+impl GuestMemory {
+    /// Reserve `size` bytes (a multiple of the page size); none of them is touched.
+    pub fn new(size: u64) -> Result<Self, Error> {
+        let (low, high) = memory_ranges(size).ok_or(Error::Describe(size))?;
+        let reservation = Reservation::new(size)?;
+        let mut slots = vec![(low, reservation.aligned)];
+        slots.extend(high.map(|high| (high, reservation.aligned + low.size)));
+        let regions = slots
+            .iter()
+            .map(|&(range, host)| region(range, host))
+            .collect::<Option<Vec<_>>>();
+        let memory = regions
+            .and_then(|regions| GuestMemoryMmap::from_arc_regions(regions).ok())
+            .ok_or(Error::Describe(size))?;
+        Ok(Self {
+            memory,
+            slots,
+            _reservation: reservation,
+        })
+    }
+
+    /// The memory as rust-vmm's devices read and write it.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// Guest-physical ranges, and the host address behind each.
+    pub fn slots(&self) -> &[(Range, u64)] {
+        &self.slots
+    }
+
+    /// Copy `bytes` to `address`.
+    pub fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.memory
+            .write_slice(bytes, GuestAddress(address))
+            .map_err(|_| Error::Outside {
+                address,
+                size: bytes.len() as u64,
+            })
+    }
+
+    /// The little-endian 16-bit number at `address`.
+    pub fn read_u16(&self, address: u64) -> Option<u16> {
+        let mut bytes = [0; 2];
+        self.memory
+            .read_slice(&mut bytes, GuestAddress(address))
+            .ok()?;
+        Some(u16::from_le_bytes(bytes))
+    }
+
+    /// Let the guest find `size` bytes of `file` from `offset` at `address`. `file` must be that long.
+    ///
+    /// Whole pages are mapped, privately: VMs that boot the same file share its pages in the host's page cache, and
+    /// bytes that the guest never looks at are never read. What does not fill a page, or lies in the file at another
+    /// place within its page than in memory, is copied.
+    pub fn place_file(
+        &self,
+        file: &File,
+        offset: u64,
+        size: u64,
+        address: u64,
+    ) -> Result<(), Error> {
+        if size == 0 {
+            return Ok(());
+        }
+        let host = self.host_address(address, size)?;
+        let end = address + size;
+        let first_page = address.next_multiple_of(PAGE).min(end);
+        let last_page = (end & !(PAGE - 1)).max(first_page);
+        if offset % PAGE != address % PAGE || first_page == last_page {
+            return self.copy_file(file, offset, size, address);
+        }
+        let head = first_page - address;
+        let mapped = last_page - first_page;
+        let file_error = |source: std::io::Error| Error::File {
+            address,
+            size,
+            source,
+        };
+        // SAFETY: `host_address` has checked that address..end lies within one slot of our own reservation, and
+        // MAP_FIXED replaces nothing but whole pages of it. Nobody holds a reference into guest memory: all access is
+        // through vm-memory's volatile copies and by KVM.
+        unsafe {
+            mmap(
+                (host + head) as *mut _,
+                mapped as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+                file,
+                offset + head,
+            )
+        }
+        .map_err(|e| file_error(e.into()))?;
+        self.copy_file(file, offset, head, address)?;
+        self.copy_file(file, offset + head + mapped, end - last_page, last_page)
+    }
+
+    /// Have the host back `size` bytes from `address` with huge pages where it can. Only advice: what the host does not
+    /// know or allow changes nothing.
+    pub fn advise_huge_pages(&self, address: u64, size: u64) {
+        if let Ok(host) = self.host_address(address, size) {
+            // SAFETY: the range is ours, and this advice changes no contents.
+            let result = unsafe { madvise(host as *mut _, size as usize, Advice::LinuxHugepage) };
+            if let Err(e) = result {
+                log::debug!("no huge pages for guest memory: {e}");
+            }
+        }
+    }
+
+    /// Have the host allocate `size` bytes from `address` now, in one go, instead of page by page as the guest comes to
+    /// them. Only advice, as above.
+    pub fn populate(&self, address: u64, size: u64) {
+        if let Ok(host) = self.host_address(address, size) {
+            // SAFETY: the range is ours; populating writes no contents.
+            let result =
+                unsafe { madvise(host as *mut _, size as usize, Advice::LinuxPopulateWrite) };
+            if let Err(e) = result {
+                log::debug!("guest memory is not populated ahead: {e}");
+            }
+        }
+    }
+
+    fn copy_file(
+        &self,
+        mut file: &File,
+        offset: u64,
+        size: u64,
+        address: u64,
+    ) -> Result<(), Error> {
+        if size == 0 {
+            return Ok(());
+        }
+        let file_error = |source| Error::File {
+            address,
+            size,
+            source,
+        };
+        file.seek(SeekFrom::Start(offset)).map_err(file_error)?;
+        let count = usize::try_from(size).map_err(|_| Error::Outside { address, size })?;
+        let mut owned = file.try_clone().map_err(file_error)?;
+        self.memory
+            .read_exact_volatile_from(GuestAddress(address), &mut owned, count)
+            .map_err(|e| file_error(std::io::Error::other(e)))
+    }
+
+    /// The host address of `address`, when `size` bytes from there lie in one slot.
+    fn host_address(&self, address: u64, size: u64) -> Result<u64, Error> {
+        let outside = Error::Outside { address, size };
+        let Some(end) = address.checked_add(size) else {
+            return Err(outside);
+        };
+        self.slots
+            .iter()
+            .find(|(range, _)| range.start <= address && end <= range.end())
+            .map(|(range, host)| host + (address - range.start))
+            .ok_or(outside)
+    }
+}
+
+fn region(range: Range, host: u64) -> Option<Arc<GuestRegionMmap>> {
+    let size = usize::try_from(range.size).ok()?;
+    let builder = MmapRegionBuilder::new(size)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+    // SAFETY: `host..host + size` lies in the reservation of the GuestMemory that keeps the result, and that drops the
+    // reservation last. The region does not own the mapping, so it is unmapped once.
+    let mapping = unsafe { builder.with_raw_mmap_pointer(host as *mut u8) }
+        .build()
+        .ok()?;
+    GuestRegionMmap::new(mapping, GuestAddress(range.start)).map(Arc::new)
+}
+
+/// Host address space with private, zeroed, unreserved memory behind it.
+#[derive(Debug)]
+struct Reservation {
+    start: u64,
+    size: usize,
+    /// First multiple of [`HUGE_PAGE`] in it; the memory begins there.
+    aligned: u64,
+}
+
+impl Reservation {
+    fn new(memory: u64) -> Result<Self, Error> {
+        let size = memory
+            .checked_add(HUGE_PAGE)
+            .and_then(|size| usize::try_from(size).ok())
+            .ok_or(Error::Describe(memory))?;
+        // SAFETY: a new mapping, placed by the kernel, replaces nothing.
+        let start = unsafe {
+            mmap_anonymous(
+                null_mut(),
+                size,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }
+        .map_err(|e| Error::Reserve(memory, e))? as u64;
+        let aligned = start.next_multiple_of(HUGE_PAGE);
+        Ok(Self {
+            start,
+            size,
+            aligned,
+        })
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours alone; GuestMemory drops all that points into it first, and `Vm` drops KVM's
+        // descriptors before GuestMemory.
+        if let Err(e) = unsafe { munmap(self.start as *mut _, self.size) } {
+            log::error!("guest memory cannot be unmapped: {e}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn file(bytes: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    fn read(memory: &GuestMemory, address: u64, size: usize) -> Vec<u8> {
+        let mut bytes = vec![0; size];
+        memory
+            .memory()
+            .read_slice(&mut bytes, GuestAddress(address))
+            .unwrap();
+        bytes
+    }
+
+    fn pattern(size: usize) -> Vec<u8> {
+        (0..size).map(|i| (i % 251) as u8 + 1).collect()
+    }
+
+    #[test]
+    fn a_file_stands_in_memory_whatever_its_alignment() {
+        let bytes = pattern(5 * 4096);
+        let source = file(&bytes);
+        for (offset, size, address) in [
+            (0, 5 * 4096, 0x10_0000),      // whole pages
+            (0, 4096 * 2 + 17, 0x10_0000), // a tail
+            (100, 4096 * 3, 0x10_0064),    // head and tail, congruent
+            (100, 4096 * 3, 0x10_0000),    // not congruent
+            (5, 10, 0x10_0005),            // within a page
+            (4090, 10, 0x10_0ffa),         // across two pages, none whole
+        ] {
+            let memory = GuestMemory::new(32 << 20).unwrap();
+            memory.place_file(&source, offset, size, address).unwrap();
+            let expected = &bytes[offset as usize..(offset + size) as usize];
+            assert_eq!(
+                read(&memory, address, size as usize),
+                expected,
+                "{offset} {size} {address:#x}"
+            );
+            assert_eq!(read(&memory, address - 1, 1), [0]);
+            assert_eq!(read(&memory, address + size, 4096), [0; 4096]);
+        }
+    }
+
+    #[test]
+    fn a_guests_writes_do_not_reach_the_file() {
+        let bytes = pattern(8192);
+        let source = file(&bytes);
+        let memory = GuestMemory::new(32 << 20).unwrap();
+        memory.place_file(&source, 0, 8192, 0x10_0000).unwrap();
+        memory.write(0x10_0000, &[0; 8192]).unwrap();
+        let other = GuestMemory::new(32 << 20).unwrap();
+        other.place_file(&source, 0, 8192, 0x10_0000).unwrap();
+        assert_eq!(read(&other, 0x10_0000, 8192), bytes);
+    }
+
+    #[test]
+    fn addresses_outside_memory_are_refused() {
+        let memory = GuestMemory::new(32 << 20).unwrap();
+        let source = file(&pattern(8192));
+        for address in [(32 << 20) - 4096, 32 << 20, 0xc000_0000, u64::MAX - 4095] {
+            assert!(memory.place_file(&source, 0, 8192, address).is_err());
+            assert!(memory.write(address, &[1; 8192]).is_err());
+        }
+        assert_eq!(memory.read_u16(u64::MAX), None);
+    }
+
+    #[test]
+    fn a_file_shorter_than_promised_is_an_error() {
+        let memory = GuestMemory::new(32 << 20).unwrap();
+        assert!(
+            memory
+                .place_file(&file(&[1, 2, 3]), 0, 100, 0x10_0000)
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn memory_above_the_hole_is_at_4_gib() {
+        let memory = GuestMemory::new(4 << 30).unwrap();
+        memory.write(0x1_0000_0000, &[1]).unwrap();
+        memory.write(0xbfff_ffff, &[1]).unwrap();
+        assert!(memory.write(0xc000_0000, &[1]).is_err());
+        assert!(
+            memory
+                .slots()
+                .iter()
+                .all(|(range, host)| range.start % HUGE_PAGE == host % HUGE_PAGE)
+        );
+    }
+}

@@ -1,0 +1,219 @@
+//! A vCPU's thread: into the guest, out to a device, and back.
+
+use crate::lifecycle::{Lifecycle, Outcome};
+use crate::timeline::{Phase, Timeline};
+use husk_bus::Bus;
+use husk_devices::{GuestEvent, GuestEvents};
+use husk_kvm::{Exit, Vcpu};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Barrier, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+/// What all vCPU threads of a VM share.
+pub struct Shared {
+    /// I/O ports.
+    pub ports: Bus,
+    /// Addresses without memory.
+    pub mmio: Bus,
+    /// How the VM ends.
+    pub lifecycle: Arc<Lifecycle>,
+    /// Phases of the boot.
+    pub timeline: Arc<Timeline>,
+    /// Exits by reason, when they are counted.
+    pub exits: Option<Mutex<ExitCounts>>,
+}
+
+/// How often the guest left for the monitor, by reason and address.
+pub type ExitCounts = BTreeMap<(&'static str, u64), u64>;
+
+/// KVM_SYSTEM_EVENT_SHUTDOWN, _RESET and _CRASH.
+const SYSTEM_EVENT_SHUTDOWN: u32 = 1;
+const SYSTEM_EVENT_RESET: u32 = 2;
+const SYSTEM_EVENT_CRASH: u32 = 3;
+/// KVM_INTERNAL_ERROR_EMULATION: KVM met an instruction that it cannot emulate.
+const INTERNAL_ERROR_EMULATION: u32 = 1;
+/// A vCPU thread uses little stack: its devices keep their buffers elsewhere.
+const STACK_SIZE: usize = 256 << 10;
+
+/// A running vCPU thread.
+pub struct VcpuThread(JoinHandle<()>);
+
+impl VcpuThread {
+    /// Start a thread that runs `vcpu` once all `start` threads are there. `set_up` runs on it first.
+    pub fn start(
+        index: u32,
+        mut vcpu: Vcpu,
+        shared: Arc<Shared>,
+        start: Arc<Barrier>,
+        set_up: impl FnOnce(&Vcpu) -> Result<(), crate::Error> + Send + 'static,
+    ) -> std::io::Result<Self> {
+        std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .stack_size(STACK_SIZE)
+            .spawn(move || {
+                let ready = set_up(&vcpu);
+                start.wait();
+                if let Err(e) = ready {
+                    let why = format!("vCPU {index} cannot be set up: {}", crate::error::chain(&e));
+                    shared.lifecycle.end(Outcome::Kvm(why));
+                    return;
+                }
+                if index == 0 {
+                    shared.timeline.reach(Phase::GuestEntered);
+                }
+                run(index, &mut vcpu, &shared);
+            })
+            .map(Self)
+    }
+
+    /// Make the thread leave the guest and end. The VM's lifecycle must have ended before.
+    ///
+    /// A signal that arrives just before the thread enters the guest is lost, so it is sent until the thread is gone.
+    pub fn stop(self) {
+        while !self.0.is_finished() {
+            if let Err(e) = self.0.kill(SIGRTMIN()) {
+                log::debug!("a vCPU thread cannot be signalled: {e}");
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        if self.0.join().is_err() {
+            log::error!("a vCPU thread panicked");
+        }
+    }
+}
+
+/// Let a vCPU thread be interrupted in the guest. Once per process.
+pub fn install_kick_handler() -> Result<(), vmm_sys_util::errno::Error> {
+    extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(SIGRTMIN(), kicked)
+}
+
+fn run(index: u32, vcpu: &mut Vcpu, shared: &Shared) {
+    let mut first = index == 0;
+    while !shared.lifecycle.has_ended() {
+        let end = match vcpu.run() {
+            Ok(exit) => {
+                if first && !matches!(exit, Exit::Interrupted) {
+                    shared.timeline.reach(Phase::FirstExit);
+                    first = false;
+                }
+                if let Some(counts) = &shared.exits {
+                    count(&exit, counts);
+                }
+                handle(exit, shared)
+            }
+            Err(e) => Some(Outcome::Kvm(crate::error::chain(&e))),
+        };
+        if let Some(outcome) = end {
+            if outcome == Outcome::TripleFault || matches!(outcome, Outcome::Kvm(_)) {
+                log_registers(index, vcpu);
+            }
+            shared.lifecycle.end(outcome);
+        }
+    }
+}
+
+/// Answer an exit. Some when it ends the VM.
+fn handle(exit: Exit<'_>, shared: &Shared) -> Option<Outcome> {
+    match exit {
+        Exit::PortOut { port, size, data } => {
+            for element in data.chunks(size) {
+                if !shared.ports.write(u64::from(port), element) {
+                    log::trace!("the guest writes {element:x?} to absent port {port:#x}");
+                }
+            }
+        }
+        Exit::PortIn { port, size, data } => {
+            for element in data.chunks_mut(size) {
+                if !shared.ports.read(u64::from(port), element) {
+                    log::trace!("the guest reads absent port {port:#x}");
+                }
+            }
+        }
+        Exit::MmioRead { address, data } => {
+            if !shared.mmio.read(address, data) {
+                log::trace!("the guest reads absent memory at {address:#x}");
+            }
+        }
+        Exit::MmioWrite { address, data } => {
+            if !shared.mmio.write(address, data) {
+                log::trace!("the guest writes {data:x?} to absent memory at {address:#x}");
+            }
+        }
+        Exit::Interrupted | Exit::Halt => {}
+        Exit::Shutdown => return Some(Outcome::TripleFault),
+        Exit::SystemEvent(SYSTEM_EVENT_SHUTDOWN) => return Some(Outcome::PowerOff),
+        Exit::SystemEvent(SYSTEM_EVENT_RESET) => return Some(Outcome::Reset),
+        Exit::SystemEvent(SYSTEM_EVENT_CRASH) => shared.lifecycle.event(GuestEvent::Panicked),
+        Exit::SystemEvent(other) => {
+            return Some(Outcome::Kvm(format!("an unknown system event {other}")));
+        }
+        Exit::FailEntry(reason) => {
+            return Some(Outcome::Kvm(format!(
+                "the processor refused to enter the guest, hardware reason {reason:#x}"
+            )));
+        }
+        Exit::InternalError { suberror, data } => {
+            return Some(Outcome::Kvm(internal_error(suberror, &data)));
+        }
+        Exit::Unexpected(reason) => {
+            return Some(Outcome::Kvm(format!("an unexpected exit, reason {reason}")));
+        }
+    }
+    None
+}
+
+fn internal_error(suberror: u32, data: &[u64]) -> String {
+    // flags, then 1 byte of length and 15 bytes of instruction, when flag 0 says that they are there.
+    let instruction = match data {
+        [flags, first, second, ..] if suberror == INTERNAL_ERROR_EMULATION && flags & 1 == 1 => {
+            let bytes = [first.to_le_bytes(), second.to_le_bytes()].concat();
+            let length = usize::from(bytes.first().copied().unwrap_or(0)).min(15);
+            bytes.get(1..=length).map(|bytes| format!(" {bytes:02x?}"))
+        }
+        _ => None,
+    };
+    match suberror {
+        INTERNAL_ERROR_EMULATION => format!(
+            "it cannot emulate the instruction{}",
+            instruction.unwrap_or_default()
+        ),
+        _ => format!("internal error {suberror}, data {data:x?}"),
+    }
+}
+
+fn count(exit: &Exit<'_>, counts: &Mutex<ExitCounts>) {
+    let key = match exit {
+        Exit::PortIn { port, .. } => ("in from port", u64::from(*port)),
+        Exit::PortOut { port, .. } => ("out to port", u64::from(*port)),
+        Exit::MmioRead { address, .. } => ("read at", *address),
+        Exit::MmioWrite { address, .. } => ("write at", *address),
+        Exit::Interrupted => ("interrupted", 0),
+        _ => ("other", 0),
+    };
+    // Addresses are the guest's: a scan of its address space must not fill the monitor's memory.
+    const MOST: usize = 4096;
+    let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
+    if counts.len() < MOST || counts.contains_key(&key) {
+        *counts.entry(key).or_default() += 1;
+    }
+}
+
+fn log_registers(index: u32, vcpu: &Vcpu) {
+    match (vcpu.regs(), vcpu.sregs()) {
+        (Ok(r), Ok(s)) => log::error!(
+            "vCPU {index}: rip {:#x} rsp {:#x} rflags {:#x} cr0 {:#x} cr2 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x}",
+            r.rip,
+            r.rsp,
+            r.rflags,
+            s.cr0,
+            s.cr2,
+            s.cr3,
+            s.cr4,
+            s.efer
+        ),
+        (Err(e), _) | (_, Err(e)) => log::error!("vCPU {index}: no registers: {e}"),
+    }
+}

@@ -1,0 +1,332 @@
+//! Building a VM from its configuration, and taking it down again.
+
+use crate::error::Error;
+use crate::lifecycle::{Lifecycle, Outcome, Wake};
+use crate::load::load;
+use crate::memory::GuestMemory;
+use crate::timeline::{Phase, Timeline};
+use crate::vcpu::{ExitCounts, Shared, VcpuThread};
+use husk_arch::acpi::{self, AcpiConfig};
+use husk_arch::boot::BootState;
+use husk_arch::cpuid::{self, CpuTopology, CpuidConfig, Template};
+use husk_arch::{layout, mptable, msrs};
+use husk_bus::Bus;
+use husk_config::VmConfig;
+use husk_devices::i8042::I8042;
+use husk_devices::power::{self, PowerPorts};
+use husk_devices::pvpanic::PvPanic;
+use husk_devices::serial::{Output, Serial, Wire};
+use husk_kvm::{Kvm, Vcpu};
+use husk_loader::Cache;
+use std::sync::{Arc, Barrier, Mutex, PoisonError};
+use std::thread;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+/// Where the guest's console leads. It outlives a VM: a restarted guest goes on with the same one.
+#[derive(Clone)]
+pub struct Console {
+    /// Takes what the guest writes.
+    pub output: Arc<dyn Output>,
+    /// Holds what the guest has not read yet.
+    pub wire: Arc<Wire>,
+}
+
+/// What a VM is built with besides its configuration.
+pub struct Host {
+    /// The guest's console.
+    pub console: Console,
+    /// Unpacked kernels.
+    pub cache: Cache,
+    /// Count exits by reason.
+    pub count_exits: bool,
+    /// Phases of the boot are noted here.
+    pub timeline: Arc<Timeline>,
+    /// Called when the VM has ended or its kernel has panicked.
+    pub wake: Wake,
+}
+
+/// A running VM. [`Vm::stop`] takes it down; fields are dropped in order, memory last.
+pub struct Vm {
+    threads: Vec<VcpuThread>,
+    shared: Arc<Shared>,
+    power: Arc<PowerPorts>,
+    panic_is_warm: bool,
+    _kvm: husk_kvm::Vm,
+    memory: GuestMemory,
+}
+
+/// Where Linux leaves the kind of reset for the firmware (BIOS data area), and its value for a warm one.
+const RESET_FLAG: u64 = 0x472;
+const RESET_FLAG_WARM: u16 = 0x1234;
+/// The kernel parameter that makes a panic, and only a panic, restart warm.
+const PANIC_WARM: &str = "reboot=panic_warm";
+
+impl Vm {
+    /// Build a VM and start its vCPUs.
+    pub fn boot(config: &VmConfig, host: &Host) -> Result<Self, Error> {
+        config.validate()?;
+        let cpus = config.machine_config.vcpu_count;
+        let memory_size = memory_size(config)?;
+        // Before KVM's descriptors, so that it is dropped after them.
+        let memory = GuestMemory::new(memory_size)?;
+        let kvm = Kvm::open()?;
+        if cpus as usize > kvm.max_vcpus() {
+            let most = kvm.max_vcpus();
+            return Err(Error::TooManyVcpus { cpus, most });
+        }
+        let vm = kvm.create_vm()?;
+        host.timeline.reach(Phase::VmCreated);
+
+        // Two of KVM's calls sleep in a grace period of a millisecond or more each. They sleep at the same time, and
+        // meanwhile this thread reads the kernel.
+        let (vcpus, boot) = thread::scope(|scope| {
+            let processors = scope.spawn(|| set_up_processors(&kvm, &vm, cpus, &host.timeline));
+            let slots = scope.spawn(|| register_memory(&vm, &memory, &host.timeline));
+            let boot = prepare_boot(config, &memory, host);
+            let (processors, slots) = (processors.join(), slots.join());
+            slots.unwrap_or(Err(Error::State("the memory thread failed")))?;
+            let processors =
+                processors.unwrap_or(Err(Error::State("the processor thread failed")))?;
+            Ok::<_, Error>((processors, boot?))
+        })?;
+
+        let (shared, power) = platform(&vm, host)?;
+        let mut built = Self {
+            threads: Vec::with_capacity(vcpus.1.len()),
+            shared,
+            power,
+            panic_is_warm: config.boot_source.command_line().contains(PANIC_WARM),
+            _kvm: vm,
+            memory,
+        };
+        match built.start(vcpus, boot) {
+            Ok(()) => Ok(built),
+            Err(e) => {
+                built.shared.lifecycle.end(Outcome::Stopped);
+                built.stop();
+                Err(Error::Host("a thread for each vCPU", e))
+            }
+        }
+    }
+
+    /// How the VM ended; None while it runs.
+    pub fn outcome(&self) -> Option<Outcome> {
+        self.shared.lifecycle.outcome()
+    }
+
+    /// The guest's kernel has said through pvpanic that it panicked.
+    pub fn has_panicked(&self) -> bool {
+        self.shared.lifecycle.has_panicked()
+    }
+
+    /// Press the ACPI power button.
+    pub fn press_power_button(&self) {
+        self.power.press_power_button();
+    }
+
+    /// End the VM with `outcome` unless it has ended already.
+    pub fn end(&self, outcome: Outcome) {
+        self.shared.lifecycle.end(outcome);
+    }
+
+    /// End the VM if it has not ended, wait until its vCPUs are out of the guest, and give everything back to the host.
+    pub fn stop(mut self) -> (Outcome, Option<ExitCounts>) {
+        self.shared.lifecycle.end(Outcome::Stopped);
+        for thread in self.threads.drain(..) {
+            thread.stop();
+        }
+        let outcome = match self.outcome() {
+            Some(Outcome::Reset) if self.was_panic() => Outcome::Panic,
+            Some(outcome) => outcome,
+            None => Outcome::Stopped,
+        };
+        let exits = self.shared.exits.as_ref().map(|counts| {
+            counts
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone()
+        });
+        (outcome, exits)
+    }
+
+    /// A reset after a panic: said by pvpanic, or, by a kernel without its driver, with a warm reset that only a panic
+    /// makes.
+    fn was_panic(&self) -> bool {
+        let warm = self.memory.read_u16(RESET_FLAG) == Some(RESET_FLAG_WARM);
+        self.has_panicked() || (self.panic_is_warm && warm)
+    }
+
+    fn start(
+        &mut self,
+        (template, vcpus): (Template, Vec<Vcpu>),
+        boot: BootState,
+    ) -> std::io::Result<()> {
+        let barrier = Arc::new(Barrier::new(vcpus.len()));
+        let template = Arc::new(template);
+        let mut boot = Some(boot);
+        for (index, vcpu) in (0u32..).zip(vcpus) {
+            let (template, boot) = (Arc::clone(&template), boot.take());
+            let set_up =
+                move |vcpu: &Vcpu| set_up_vcpu(vcpu, &template.for_cpu(index)?, boot.as_ref());
+            let thread = VcpuThread::start(
+                index,
+                vcpu,
+                Arc::clone(&self.shared),
+                Arc::clone(&barrier),
+                set_up,
+            )?;
+            self.threads.push(thread);
+        }
+        Ok(())
+    }
+}
+
+/// Memory in bytes, checked against what this host can give.
+fn memory_size(config: &VmConfig) -> Result<u64, Error> {
+    let mib = config.machine_config.mem_size_mib;
+    let info = rustix::system::sysinfo();
+    let unit = u64::from(info.mem_unit);
+    let host_mib = (info.totalram as u64)
+        .saturating_add(info.totalswap as u64)
+        .saturating_mul(unit)
+        >> 20;
+    if mib > host_mib {
+        return Err(Error::MemoryTooLarge { mib, host_mib });
+    }
+    let too_large = |bits| Error::AddressBits { mib, bits };
+    let bits = physical_address_bits();
+    let size = mib.checked_mul(1 << 20).ok_or(too_large(bits))?;
+    let end = husk_arch::memory_map::memory_ranges(size)
+        .map(|(low, high)| high.unwrap_or(low).end())
+        .ok_or(too_large(bits))?;
+    match 1u64.checked_shl(bits) {
+        Some(limit) if end > limit => Err(too_large(bits)),
+        _ => Ok(size),
+    }
+}
+
+fn set_up_processors(
+    kvm: &Kvm,
+    vm: &husk_kvm::Vm,
+    cpus: u32,
+    timeline: &Timeline,
+) -> Result<(Template, Vec<Vcpu>), Error> {
+    vm.create_interrupt_controllers(layout::KVM_TSS)?;
+    let vcpus = (0..cpus)
+        .map(|index| vm.create_vcpu(index))
+        .collect::<Result<Vec<_>, _>>()?;
+    let config = CpuidConfig {
+        topology: CpuTopology {
+            cpus,
+            threads_per_core: 1,
+        },
+        tsc_deadline: kvm.has_tsc_deadline_timer(),
+        tsc_khz: None,
+        pmu: false,
+    };
+    let template = cpuid::prepare(&kvm.supported_cpuid()?, &config)?;
+    timeline.reach(Phase::VcpusReady);
+    Ok((template, vcpus))
+}
+
+fn register_memory(
+    vm: &husk_kvm::Vm,
+    memory: &GuestMemory,
+    timeline: &Timeline,
+) -> Result<(), Error> {
+    for (slot, (range, host)) in (0u32..).zip(memory.slots()) {
+        // SAFETY: the addresses are GuestMemory's own mapping. `Vm` drops all of KVM's descriptors before it, and so
+        // does `Vm::boot` when it fails, because it makes the memory first.
+        unsafe { vm.set_memory_slot(slot, range.start, range.size, *host)? };
+    }
+    timeline.reach(Phase::MemoryReady);
+    Ok(())
+}
+
+/// Kernel, initrd and tables into memory.
+fn prepare_boot(config: &VmConfig, memory: &GuestMemory, host: &Host) -> Result<BootState, Error> {
+    let cpus = config.machine_config.vcpu_count;
+    let boot = load(&config.boot_source, memory, &host.cache)?;
+    let acpi = AcpiConfig {
+        cpus,
+        virtio_mmio: &[],
+    };
+    memory.write(layout::ACPI, &acpi::tables(&acpi, layout::ACPI)?)?;
+    memory.write(layout::MP_TABLE, &mptable::table(cpus, layout::MP_TABLE)?)?;
+    host.timeline.reach(Phase::KernelLoaded);
+    Ok(boot)
+}
+
+/// The devices of every VM, on their buses.
+fn platform(vm: &husk_kvm::Vm, host: &Host) -> Result<(Arc<Shared>, Arc<PowerPorts>), Error> {
+    let event = |gsi| -> Result<EventFd, Error> {
+        let event = EventFd::new(EFD_CLOEXEC).map_err(|e| Error::Host("an eventfd", e))?;
+        vm.register_irqfd(&event, gsi)?;
+        Ok(event)
+    };
+    let lifecycle = Arc::new(Lifecycle::new(
+        Arc::clone(&host.wake),
+        Arc::clone(&host.timeline),
+    ));
+    let power = Arc::new(PowerPorts::new(
+        event(layout::EVENTS_IRQ)?,
+        lifecycle.clone(),
+    ));
+    let serial = Serial::new(
+        event(layout::COM1_IRQ)?,
+        host.console.output.clone(),
+        host.console.wire.clone(),
+    );
+    let ports = Bus::default();
+    ports.insert(layout::COM1_PORT.into(), layout::COM1_PORTS.into(), serial)?;
+    ports.insert(
+        layout::SLEEP_CONTROL_PORT.into(),
+        power::PORTS,
+        power.clone(),
+    )?;
+    ports.insert(
+        layout::I8042_PORT.into(),
+        layout::I8042_PORTS.into(),
+        Arc::new(I8042::new(lifecycle.clone())),
+    )?;
+    ports.insert(
+        layout::PVPANIC_PORT.into(),
+        1,
+        Arc::new(PvPanic::new(lifecycle.clone())),
+    )?;
+    let shared = Shared {
+        ports,
+        mmio: Bus::default(),
+        lifecycle,
+        timeline: Arc::clone(&host.timeline),
+        exits: host.count_exits.then(Mutex::default),
+    };
+    Ok((Arc::new(shared), power))
+}
+
+/// Runs on the vCPU's own thread.
+fn set_up_vcpu(
+    vcpu: &Vcpu,
+    cpuid: &[husk_kvm::bindings::kvm_cpuid_entry2],
+    boot: Option<&BootState>,
+) -> Result<(), Error> {
+    vcpu.set_cpuid(cpuid)?;
+    vcpu.set_msrs(&msrs::boot_msrs())?;
+    let Some(boot) = boot else {
+        return Ok(());
+    };
+    let mut sregs = vcpu.sregs()?;
+    boot.apply(&mut sregs);
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&boot.regs)?;
+    Ok(())
+}
+
+/// CPUID leaf 0x8000_0008, EAX bits 7:0.
+fn physical_address_bits() -> u32 {
+    use std::arch::x86_64::__cpuid;
+    match __cpuid(0x8000_0000).eax {
+        0x8000_0008.. => __cpuid(0x8000_0008).eax & 0xff,
+        _ => 36,
+    }
+}

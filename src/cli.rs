@@ -1,0 +1,193 @@
+//! The command line. Help texts, shell completions and the man page all come from here.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use husk_config::{BootProtocol, OnReboot};
+use std::path::PathBuf;
+
+/// A thin shell around a kernel: start a Linux VM in milliseconds.
+#[derive(Debug, Parser)]
+#[command(name = "husk", version, propagate_version = true, max_term_width = 100, after_help = EXIT_STATUS)]
+pub struct Cli {
+    /// How much Husk says of itself, on stderr or in --log-file; the guest's console never carries it
+    #[arg(long, global = true, value_enum, default_value_t = Level::Warn, value_name = "LEVEL", help_heading = "Logging")]
+    pub log_level: Level,
+
+    /// Append log messages to this file instead of stderr
+    #[arg(long, global = true, value_name = "PATH", help_heading = "Logging")]
+    pub log_file: Option<PathBuf>,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a kernel with its serial console on this terminal
+    #[command(after_help = RUN_EXAMPLES)]
+    Run(Box<RunArgs>),
+    /// Say what this host can do, and what to do about what it cannot
+    Doctor(DoctorArgs),
+    /// Print a completion script for a shell
+    #[command(
+        after_help = "Example:\n  husk completions bash > ~/.local/share/bash-completion/completions/husk"
+    )]
+    Completions {
+        /// Which shell
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page (roff)
+    #[command(after_help = "Example:\n  husk man | man -l -")]
+    Man,
+}
+
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print one JSON object instead of lines
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Default, Args)]
+pub struct RunArgs {
+    /// Kernel: an ELF vmlinux or a bzImage, compressed in any of the usual ways
+    ///
+    /// Without it (and without one in --config): the kernel of $HUSK_KERNEL, else the one that `cargo xtask demo` keeps,
+    /// else the newest one in /boot, with a small initramfs that gives a shell.
+    #[arg(long, short, value_name = "PATH", help_heading = "What to boot")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk
+    #[arg(long, short, value_name = "PATH", help_heading = "What to boot")]
+    pub initrd: Option<PathBuf>,
+
+    /// Kernel parameters, added to Husk's own
+    #[arg(
+        long,
+        value_name = "STR",
+        allow_hyphen_values = true,
+        help_heading = "What to boot"
+    )]
+    pub cmdline: Option<String>,
+
+    /// Give the kernel nothing but --cmdline
+    #[arg(long, help_heading = "What to boot")]
+    pub no_default_cmdline: bool,
+
+    /// How to enter the kernel [default: auto: PVH for an ELF file with its note, else Linux's 64-bit entry]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "PROTOCOL",
+        help_heading = "What to boot"
+    )]
+    pub boot_protocol: Option<Protocol>,
+
+    /// Processors, 1 to 64 [default: 1]
+    #[arg(long, short, value_name = "N", help_heading = "The machine")]
+    pub cpus: Option<u32>,
+
+    /// Memory, 32M or more: 512M, 2G, … (a bare number is MiB) [default: 256M]
+    #[arg(long, short, value_name = "SIZE", help_heading = "The machine")]
+    pub memory: Option<String>,
+
+    /// What a reboot by the guest does [default: exit]
+    #[arg(long, value_enum, value_name = "WHAT", help_heading = "The machine")]
+    pub on_reboot: Option<Reboot>,
+
+    /// Configuration in JSON, in Firecracker's shape; flags override it
+    #[arg(long, value_name = "FILE", help_heading = "The machine")]
+    pub config: Option<PathBuf>,
+
+    /// At the end, print on stderr when each phase of the boot was reached
+    #[arg(long, help_heading = "Logging")]
+    pub timeline: bool,
+
+    /// At the end, print on stderr why and how often the guest left for the monitor
+    #[arg(long, help_heading = "Logging")]
+    pub exits: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Protocol {
+    /// PVH for an ELF file with its note, else Linux's 64-bit entry
+    Auto,
+    /// The 64-bit Linux boot protocol
+    Linux,
+    /// PVH
+    Pvh,
+}
+
+impl From<Protocol> for BootProtocol {
+    fn from(protocol: Protocol) -> Self {
+        match protocol {
+            Protocol::Auto => Self::Auto,
+            Protocol::Linux => Self::Linux,
+            Protocol::Pvh => Self::Pvh,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Reboot {
+    /// The VM ends
+    Exit,
+    /// The VM boots again, in the same process
+    Restart,
+}
+
+impl From<Reboot> for OnReboot {
+    fn from(reboot: Reboot) -> Self {
+        match reboot {
+            Reboot::Exit => Self::Exit,
+            Reboot::Restart => Self::Restart,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Level {
+    Off,
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl From<Level> for log::LevelFilter {
+    fn from(level: Level) -> Self {
+        match level {
+            Level::Off => Self::Off,
+            Level::Error => Self::Error,
+            Level::Warn => Self::Warn,
+            Level::Info => Self::Info,
+            Level::Debug => Self::Debug,
+            Level::Trace => Self::Trace,
+        }
+    }
+}
+
+const EXIT_STATUS: &str = "\
+Exit status of `husk run`:
+  0      the guest powered off or rebooted, or you left it with Ctrl-A x
+  1      trouble with the host: no /dev/kvm, no permission, out of memory
+  2      trouble with a flag, a file or the configuration
+  3      the guest's kernel panicked
+  4      the guest stopped with a triple fault
+  5      KVM could not run the guest on (internal error)
+  128+N  a second signal N ended the VM at once (the first one presses the power button)";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  husk run                                          a shell in a default guest
+  husk run --kernel vmlinux --initrd initrd.img     your own
+  husk run -k bzImage -c 4 -m 2G --cmdline 'quiet'  4 processors, 2 GiB
+  husk run --config vm.json --memory 1G             a configuration file, and a flag over it
+  echo 'uname -a; exit' | husk run                  commands for the guest's shell from a pipe
+
+Keys on a terminal:
+  Ctrl-A x   end the VM at once      Ctrl-A p   press the power button
+  Ctrl-A h   help                    Ctrl-A a   send Ctrl-A to the guest
+
+Exit status: 0 power-off or reboot, 1 host, 2 usage or files, 3 panic, 4 triple fault, 5 KVM, 128+N signal.";

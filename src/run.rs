@@ -1,0 +1,318 @@
+//! `husk run`: from flags to a VM, and the main thread's loop while it lives.
+
+use crate::cli::RunArgs;
+use crate::{Failure, guest};
+use husk_config::{DEFAULT_BOOT_ARGS, OnReboot, VmConfig, VmmRequest, parse_mib};
+use husk_console::{ConsoleEvent, Input, Output, Terminal};
+use husk_loader::Cache;
+use husk_vmm::{Console, ExitCounts, Host, Outcome, Timeline, Vmm};
+use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long a kernel that has said through pvpanic that it panicked may go on (it prints, and restarts if it was told to).
+const PANIC_GRACE: Duration = Duration::from_secs(3);
+
+/// What the main thread waits for. Other threads only ever send; none waits for the main thread.
+enum Event {
+    /// SIGINT, SIGTERM, SIGHUP or SIGQUIT.
+    Signal(i32),
+    /// An escape sequence on the terminal.
+    Key(ConsoleEvent),
+    /// The VM has ended or its kernel has panicked.
+    Vm,
+    /// The VM is taken down and its output is written.
+    Down,
+}
+
+/// Boot a VM and stay until it ends. The exit status, unless something failed.
+pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
+    let cache = Cache::from_environment();
+    let (config, _initrd) = configuration(arguments, &cache)?;
+
+    // Handlers for what kills come first: those for what asks replace some of them.
+    husk_console::install_fatal_signal_handlers().map_err(|e| trouble(&e))?;
+    husk_vmm::install_kick_handler().map_err(|e| trouble(&e))?;
+    let (sender, events) = channel();
+    listen_for_signals(sender.clone())?;
+
+    let terminal = Terminal::open().map(Arc::new);
+    let keys = sender.clone();
+    let input = Input::start(std::io::stdin(), terminal.clone(), move |key| {
+        send(&keys, Event::Key(key))
+    })
+    .map_err(|e| trouble(&e))?;
+    let output = Arc::new(Output::start(std::io::stdout()).map_err(|e| trouble(&e))?);
+    let timeline = Arc::new(Timeline::new(start));
+    let wake = sender.clone();
+    let host = Host {
+        console: Console {
+            output: output.clone(),
+            wire: input.wire(),
+        },
+        cache,
+        count_exits: arguments.exits,
+        timeline: Arc::clone(&timeline),
+        wake: Arc::new(move || send(&wake, Event::Vm)),
+    };
+    let mut session = Session {
+        vmm: Vmm::new(host),
+        sender,
+        events,
+        output,
+        asked: false,
+    };
+    let result = session.run(config);
+    // Before anything is printed: no line must land in a raw terminal.
+    Terminal::emergency_restore();
+    let end = result?;
+    if let Some(message) = end.message {
+        log::error!("{message}");
+    }
+    if arguments.timeline {
+        print_timeline(&timeline);
+    }
+    if let Some(exits) = end.exits {
+        print_exits(&exits);
+    }
+    Ok(end.status)
+}
+
+/// How a session ended.
+#[derive(Default)]
+struct End {
+    status: u8,
+    message: Option<String>,
+    exits: Option<ExitCounts>,
+}
+
+struct Session {
+    vmm: Vmm,
+    sender: Sender<Event>,
+    events: Receiver<Event>,
+    output: Arc<Output>,
+    /// A signal has pressed the power button.
+    asked: bool,
+}
+
+impl Session {
+    fn run(&mut self, config: VmConfig) -> Result<End, Failure> {
+        let restart = config.on_reboot == OnReboot::Restart;
+        self.vmm.handle(VmmRequest::Configure(Box::new(config)))?;
+        loop {
+            self.vmm.handle(VmmRequest::Boot)?;
+            let forced = self.until_ended();
+            if forced.is_some() {
+                self.output.abandon();
+            }
+            let (down, impatient) = self.take_down(restart);
+            if let Some(status) = forced.or(impatient) {
+                return Ok(End {
+                    status,
+                    ..End::default()
+                });
+            }
+            let Some((outcome, exits)) = down else {
+                return Ok(End::default());
+            };
+            if outcome == Outcome::Reset && restart && !self.asked {
+                log::info!("the guest rebooted and starts again");
+                continue;
+            }
+            let status = outcome.exit_status();
+            return Ok(End {
+                status,
+                message: (status != 0).then(|| outcome.to_string()),
+                exits,
+            });
+        }
+    }
+
+    /// Until the guest has ended; Some when it is to be ended at once, with this exit status.
+    fn until_ended(&mut self) -> Option<u8> {
+        let mut panicked: Option<Instant> = None;
+        while self.vmm.outcome().is_none() {
+            if self.vmm.has_panicked() && panicked.is_none() {
+                panicked = Some(Instant::now());
+            }
+            let event = match panicked {
+                None => self
+                    .events
+                    .recv()
+                    .map_err(|_| RecvTimeoutError::Disconnected),
+                Some(since) => self
+                    .events
+                    .recv_timeout(PANIC_GRACE.saturating_sub(since.elapsed())),
+            };
+            match event {
+                Ok(Event::Vm | Event::Down) => {}
+                Ok(Event::Signal(signal)) => {
+                    if self.asked {
+                        return Some(exit_status_of(signal));
+                    }
+                    self.asked = true;
+                    self.press_power_button();
+                }
+                Ok(Event::Key(ConsoleEvent::PowerButton)) => self.press_power_button(),
+                Ok(Event::Key(ConsoleEvent::Leave)) => return Some(0),
+                Err(_) => self.vmm.give_up_after_panic(),
+            }
+        }
+        None
+    }
+
+    fn press_power_button(&mut self) {
+        log::info!("the power button is pressed; a second signal ends the VM at once");
+        if let Err(e) = self.vmm.handle(VmmRequest::PressPowerButton) {
+            log::debug!("no power button: {e}");
+        }
+    }
+
+    /// Take the VM down and write all of its output, on another thread, because either may have to wait for a slow reader
+    /// of the output, and signals must be heard meanwhile. With Some exit status, the user did not want to wait.
+    fn take_down(
+        &mut self,
+        stays_open: bool,
+    ) -> (Option<(Outcome, Option<ExitCounts>)>, Option<u8>) {
+        let Self {
+            vmm,
+            sender,
+            events,
+            output,
+            asked,
+        } = self;
+        thread::scope(|scope| {
+            let taking = scope.spawn(|| {
+                let down = vmm.take_down();
+                let restarts = stays_open && matches!(&down, Some((Outcome::Reset, _)));
+                if !restarts {
+                    output.close();
+                }
+                send(sender, Event::Down);
+                down
+            });
+            let mut impatient = None;
+            loop {
+                match events.recv() {
+                    Ok(Event::Down) | Err(_) => break,
+                    Ok(Event::Key(ConsoleEvent::Leave)) => impatient = Some(0),
+                    Ok(Event::Signal(signal)) if *asked => impatient = Some(exit_status_of(signal)),
+                    Ok(Event::Signal(_)) => *asked = true,
+                    Ok(Event::Vm | Event::Key(ConsoleEvent::PowerButton)) => {}
+                }
+                if impatient.is_some() {
+                    output.abandon();
+                }
+            }
+            (taking.join().ok().flatten(), impatient)
+        })
+    }
+}
+
+/// The receiver lives as long as the process, so sending fails only while it ends.
+fn send(sender: &Sender<Event>, event: Event) {
+    let _ = sender.send(event);
+}
+
+fn trouble(error: &dyn std::error::Error) -> Failure {
+    Failure::host(husk_vmm::chain(error))
+}
+
+fn exit_status_of(signal: i32) -> u8 {
+    u8::try_from(128 + signal).unwrap_or(128)
+}
+
+fn listen_for_signals(sender: Sender<Event>) -> Result<(), Failure> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT]).map_err(|e| trouble(&e))?;
+    thread::Builder::new()
+        .name("signals".into())
+        .stack_size(64 << 10)
+        .spawn(move || {
+            signals
+                .forever()
+                .for_each(|signal| send(&sender, Event::Signal(signal)))
+        })
+        .map_err(|e| trouble(&e))?;
+    Ok(())
+}
+
+/// The configuration file, then the flags over it, then the default guest for what is still missing. The file keeps the
+/// default guest's initrd open.
+fn configuration(arguments: &RunArgs, cache: &Cache) -> Result<(VmConfig, Option<File>), Failure> {
+    let usage = |e: &dyn std::error::Error| Failure::usage(husk_vmm::chain(e));
+    let mut config = match &arguments.config {
+        Some(path) => VmConfig::from_file(path).map_err(|e| usage(&e))?,
+        None => VmConfig::default(),
+    };
+    let source = &mut config.boot_source;
+    if let Some(kernel) = &arguments.kernel {
+        source.kernel_image_path = kernel.clone();
+    }
+    if let Some(initrd) = &arguments.initrd {
+        source.initrd_path = Some(initrd.clone());
+    }
+    match (&arguments.cmdline, arguments.no_default_cmdline) {
+        (given, true) => source.boot_args = Some(given.clone().unwrap_or_default()),
+        (Some(given), false) => source.boot_args = Some(format!("{DEFAULT_BOOT_ARGS} {given}")),
+        (None, false) => {}
+    }
+    if let Some(protocol) = arguments.boot_protocol {
+        source.boot_protocol = protocol.into();
+    }
+    if let Some(cpus) = arguments.cpus {
+        config.machine_config.vcpu_count = cpus;
+    }
+    if let Some(memory) = &arguments.memory {
+        config.machine_config.mem_size_mib = parse_mib(memory).map_err(|e| usage(&e))?;
+    }
+    if let Some(on_reboot) = arguments.on_reboot {
+        config.on_reboot = on_reboot.into();
+    }
+    let initrd = default_guest(&mut config, cache)?;
+    config.validate().map_err(|e| usage(&e))?;
+    Ok((config, initrd))
+}
+
+/// Fill in what to boot when the user named nothing, and say what it is.
+fn default_guest(config: &mut VmConfig, cache: &Cache) -> Result<Option<File>, Failure> {
+    let source = &mut config.boot_source;
+    if !source.kernel_image_path.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    source.kernel_image_path = guest::default_kernel().map_err(Failure::usage)?;
+    let kernel = source.kernel_image_path.display().to_string();
+    if let Some(initrd) = &source.initrd_path {
+        eprintln!("husk: kernel {kernel}, initrd {}", initrd.display());
+        return Ok(None);
+    }
+    let (file, busybox) =
+        guest::default_initrd(&source.kernel_image_path, cache).map_err(Failure::usage)?;
+    source.initrd_path = Some(format!("/proc/self/fd/{}", file.as_raw_fd()).into());
+    eprintln!(
+        "husk: kernel {kernel}, a small initramfs with the shell of {}",
+        busybox.display()
+    );
+    Ok(Some(file))
+}
+
+fn print_timeline(timeline: &Timeline) {
+    eprintln!("husk: timeline, in ms since the start of the process");
+    for (phase, at) in timeline.reached() {
+        eprintln!("{:>10.3}  {phase}", at.as_secs_f64() * 1e3);
+    }
+}
+
+fn print_exits(exits: &ExitCounts) {
+    let total: u64 = exits.values().sum();
+    eprintln!("husk: {total} exits from the guest to the monitor");
+    let mut exits: Vec<_> = exits.iter().collect();
+    exits.sort_by_key(|&(_, count)| std::cmp::Reverse(*count));
+    for ((reason, address), count) in exits {
+        eprintln!("{count:>10}  {reason} {address:#x}");
+    }
+}
