@@ -14,31 +14,31 @@ use std::ptr::null_mut;
 const FATAL: [(c_int, &str); 11] = [
     (
         libc::SIGSEGV,
-        "\r\nhusk: internal error: SIGSEGV (bad memory access); please report it\r\n",
+        "husk: internal error: SIGSEGV (bad memory access); please report it\n",
     ),
     (
         libc::SIGBUS,
-        "\r\nhusk: SIGBUS: a kernel or initrd file that was mapped has shrunk, or the host is out of memory\r\n",
+        "husk: SIGBUS: a kernel or initrd file that was mapped has shrunk, or the host is out of memory\n",
     ),
     (
         libc::SIGABRT,
-        "\r\nhusk: internal error: SIGABRT (aborted); please report it\r\n",
+        "husk: internal error: SIGABRT (aborted); please report it\n",
     ),
     (
         libc::SIGILL,
-        "\r\nhusk: internal error: SIGILL (illegal instruction); please report it\r\n",
+        "husk: internal error: SIGILL (illegal instruction); please report it\n",
     ),
     (
         libc::SIGFPE,
-        "\r\nhusk: internal error: SIGFPE (arithmetic fault); please report it\r\n",
+        "husk: internal error: SIGFPE (arithmetic fault); please report it\n",
     ),
     (
         libc::SIGSYS,
-        "\r\nhusk: SIGSYS: a system call was forbidden by a seccomp filter\r\n",
+        "husk: SIGSYS: a system call was forbidden by a seccomp filter\n",
     ),
     (
         libc::SIGXCPU,
-        "\r\nhusk: SIGXCPU: the limit on CPU time is reached (ulimit -t)\r\n",
+        "husk: SIGXCPU: the limit on CPU time is reached (ulimit -t)\n",
     ),
     (libc::SIGHUP, ""),
     (libc::SIGQUIT, ""),

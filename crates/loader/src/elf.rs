@@ -257,7 +257,7 @@ fn find_phys32_entry(mut notes: &[u8], align: usize) -> Option<u32> {
 /// `size` bytes at `offset`, out of what was read already where it holds them. `size` is at most a
 /// few pages (checked by the callers), so it is safe to allocate.
 fn read(image: &Image<'_>, offset: u64, size: u64, what: &'static str) -> Result<Vec<u8>, Error> {
-    let end = offset.checked_add(size).unwrap_or(u64::MAX);
+    let end = offset.saturating_add(size);
     if end > image.length {
         return Err(image.truncated(what, end));
     }

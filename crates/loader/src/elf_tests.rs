@@ -41,7 +41,7 @@ fn a_virtual_entry_becomes_physical() {
         ..load(0x100_0000, &[0; 64], 0x1000)
     };
     assert_eq!(
-        open(&elf(0xffff_ffff_8100_0040, &[part.clone()]))
+        open(&elf(0xffff_ffff_8100_0040, std::slice::from_ref(&part)))
             .unwrap()
             .entry,
         0x100_0040

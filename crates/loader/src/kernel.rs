@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 
 use crate::cache::{Identity, Key, StoreFault};
-use crate::unpack::{Fault, unpack};
+use crate::unpack::{Fault, unpack, unpack_head};
 use crate::{Cache, Compression, Error, bzimage, elf};
 
 /// A kernel that is ready to be put into guest memory.
@@ -345,10 +345,9 @@ fn unpacked(
     })?;
     let unpacked = Image::read(&file, image.path, &metadata)?;
     if !unpacked.head.starts_with(elf::MAGIC) {
-        let looks_like = looks_like(&unpacked.head);
         return Err(Error::NotKernel {
             path: image.path.into(),
-            looks_like,
+            looks_like: looks_like(&unpacked.head),
         });
     }
     let elf = elf::parse(&unpacked)?;
@@ -394,6 +393,16 @@ fn unpack_kernel(
     };
     if expected.is_some_and(|size| size > MAX_UNPACKED) {
         return fault(too_large(path));
+    }
+    // An initrd is a compressed file as well: it must not fill the cache before it is refused.
+    if !packed.bzimage
+        && let Ok(head) = unpack_head(compression, stream)
+        && !head.starts_with(elf::MAGIC)
+    {
+        return fault(Error::NotKernel {
+            path,
+            looks_like: looks_like(&head),
+        });
     }
     let limit = expected.unwrap_or(MAX_UNPACKED);
     match (unpack(compression, stream, limit, sink), expected) {

@@ -97,6 +97,17 @@ pub(crate) fn unpack(
     }
 }
 
+/// The first bytes that `packed` decodes to: at most 4096, fewer if there are no more.
+pub(crate) fn unpack_head(compression: Compression, packed: &[u8]) -> Result<Vec<u8>, Fault> {
+    let mut head = Vec::new();
+    let decoder = decoder(compression, packed)?;
+    decoder
+        .take(4096)
+        .read_to_end(&mut head)
+        .map_err(Fault::Damaged)?;
+    Ok(head)
+}
+
 /// Dictionaries of kernels are at most 128 MiB; a hostile header must not claim gigabytes.
 const MAX_DICTIONARY: u64 = 1 << 30;
 const MAX_DICTIONARY_KIB: u32 = (MAX_DICTIONARY >> 10) as u32;

@@ -22,7 +22,7 @@ pub struct Builder {
     /// The release of the guest's kernel; with no `modules_dir`, its modules are looked for in
     /// `/lib/modules/RELEASE`.
     pub kernel_release: Option<String>,
-    /// The directory with `modules.dep`.
+    /// The directory with `modules.dep`, or at least `modules.order`: a package need only be unpacked.
     pub modules_dir: Option<PathBuf>,
     /// A script for the guest's `/bin/sh`, run in place of the interactive shell. The guest powers
     /// off after it.
@@ -81,7 +81,7 @@ impl Builder {
         archive.finish()
     }
 
-    /// As [`Self::build`], kept in `cache` for as long as busybox, `modules.dep` and everything in
+    /// As [`Self::build`], kept in `cache` for as long as busybox, the list of modules and all of
     /// `self` stay the same. The file is open for reading at no particular position.
     ///
     /// # Errors
@@ -94,7 +94,7 @@ impl Builder {
             CONSOLE.into(),
             POWER_BUTTON.into(),
         ];
-        for name in ["modules.dep", "modules.builtin"] {
+        for name in ["modules.dep", "modules.order"] {
             let path = self
                 .module_directory()
                 .map(|directory| directory.join(name));

@@ -214,3 +214,30 @@ fn equal_inputs_give_equal_bytes_and_the_cache_keeps_inputs_apart() {
     assert_eq!(read(&fixture.builder), fixture.builder.build().unwrap());
     assert_ne!(read(&fixture.builder), plain);
 }
+
+#[test]
+fn an_unpacked_package_without_modules_dep_serves_as_well() {
+    let mut fixture = fixture();
+    let root = fixture.directory.path().to_owned();
+    let module = |depends: &str| format!("\0author=x\0depends={depends}\0name=y\0");
+    // A circle, which no kernel has, must end all the same.
+    write(&root, "evdev.ko", module("").as_bytes());
+    write(&root, "c.ko", module("a-a").as_bytes());
+    write(
+        &root,
+        "b.ko.xz",
+        &pack(Compression::Xz, module("c").as_bytes()),
+    );
+    write(&root, "a-a.ko", module("b,c,none").as_bytes());
+    write(
+        &root,
+        "modules.order",
+        b"a-a.ko\nb.ko\nc.ko\nevdev.ko\ngone.ko\n../out.ko\n",
+    );
+    fixture.builder.modules_dir = Some(root);
+    fixture.builder.modules = ["evdev", "a_a", "b", "gone", "out"]
+        .map(str::to_owned)
+        .to_vec();
+    let entries = entries(&fixture.builder.build().unwrap());
+    assert_eq!(entries["etc/modules"].1, b"evdev\nc\nb\na_a\n");
+}
