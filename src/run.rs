@@ -11,12 +11,15 @@ use signal_hook::iterator::Signals;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long a kernel that has said through pvpanic that it panicked may go on (it prints, and restarts if it was told to).
 const PANIC_GRACE: Duration = Duration::from_secs(3);
+
+/// How soon the power button is pressed again when the guest has not looked.
+const PRESS_AGAIN: Duration = Duration::from_millis(500);
 
 /// What the main thread waits for. Other threads only ever send; none waits for the main thread.
 enum Event {
@@ -140,34 +143,36 @@ impl Session {
             if self.vmm.has_panicked() && panicked.is_none() {
                 panicked = Some(Instant::now());
             }
-            let event = match panicked {
-                None => self
-                    .events
-                    .recv()
-                    .map_err(|_| RecvTimeoutError::Disconnected),
-                Some(since) => self
-                    .events
-                    .recv_timeout(PANIC_GRACE.saturating_sub(since.elapsed())),
-            };
-            match event {
-                Ok(Event::Vm | Event::Down) => {}
-                Ok(Event::Signal(signal)) => {
-                    if self.asked {
-                        return Some(exit_status_of(signal));
-                    }
+            match self.wait(panicked) {
+                Some(Event::Signal(signal)) if self.asked => return Some(exit_status_of(signal)),
+                Some(Event::Signal(_)) => {
                     self.asked = true;
+                    log::info!("the power button is pressed; a second signal ends the VM at once");
                     self.press_power_button();
                 }
-                Ok(Event::Key(ConsoleEvent::PowerButton)) => self.press_power_button(),
-                Ok(Event::Key(ConsoleEvent::Leave)) => return Some(0),
-                Err(_) => self.vmm.give_up_after_panic(),
+                Some(Event::Key(ConsoleEvent::PowerButton)) => self.press_power_button(),
+                Some(Event::Key(ConsoleEvent::Leave)) => return Some(0),
+                Some(Event::Vm | Event::Down) => {}
+                None if panicked.is_some_and(|since| since.elapsed() >= PANIC_GRACE) => {
+                    self.vmm.give_up_after_panic();
+                }
+                None => self.press_power_button(),
             }
         }
         None
     }
 
+    /// The next event; None when something has to be done without one.
+    fn wait(&self, panicked: Option<Instant>) -> Option<Event> {
+        let grace = panicked.map(|since| PANIC_GRACE.saturating_sub(since.elapsed()));
+        let again = self.vmm.is_press_pending().then_some(PRESS_AGAIN);
+        match grace.into_iter().chain(again).min() {
+            Some(timeout) => self.events.recv_timeout(timeout).ok(),
+            None => self.events.recv().ok(),
+        }
+    }
+
     fn press_power_button(&mut self) {
-        log::info!("the power button is pressed; a second signal ends the VM at once");
         if let Err(e) = self.vmm.handle(VmmRequest::PressPowerButton) {
             log::debug!("no power button: {e}");
         }

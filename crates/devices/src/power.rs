@@ -52,15 +52,20 @@ impl PowerPorts {
         pulse(&self.irq);
     }
 
+    /// The guest has not taken the last press. An edge that came before its driver was there is lost: press again until
+    /// this is false.
+    pub fn is_press_pending(&self) -> bool {
+        self.pending.load(Ordering::Acquire) & EVENT_POWER_BUTTON != 0
+    }
+
     fn sleep(&self, value: u8) {
         if value & SLEEP_ENABLE == 0 {
             return;
         }
         match (value >> SLEEP_TYPE_SHIFT) & SLEEP_TYPE_MASK {
             SLEEP_TYPE_S5 => self.events.event(GuestEvent::PowerOff),
-            other => log::warn!(
-                "the guest asked for sleep type {other}, which Husk does not have: ignored"
-            ),
+            // Not louder: the guest may ask as often as it likes.
+            other => log::debug!("the guest asks for sleep type {other}, which there is not"),
         }
     }
 }
@@ -118,6 +123,19 @@ mod tests {
                 s5.then_some(GuestEvent::PowerOff)
             );
         }
+    }
+
+    #[test]
+    fn a_press_waits_until_the_guest_has_taken_it() {
+        let (ports, _, line) = ports();
+        assert!(!ports.is_press_pending());
+        ports.press_power_button();
+        ports.press_power_button();
+        assert!(ports.is_press_pending());
+        assert_eq!(line.read().unwrap(), 2);
+        assert_eq!(read(&ports, EVENTS), EVENT_POWER_BUTTON);
+        assert!(!ports.is_press_pending());
+        assert_eq!(read(&ports, EVENTS), 0);
     }
 
     #[test]

@@ -1,5 +1,8 @@
 use crate::{Error, Vcpu};
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, kvm_irqchip,
+    kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -32,7 +35,30 @@ impl Vm {
         };
         self.fd
             .create_pit2(pit)
-            .map_err(|e| Error::Ioctl("KVM_CREATE_PIT2", e))
+            .map_err(|e| Error::Ioctl("KVM_CREATE_PIT2", e))?;
+        self.mask_pics()
+    }
+
+    /// Mask all lines of both 8259s, as firmware would leave them.
+    ///
+    /// KVM creates them unmasked, with vector base 0, and the boot processor's LINT0 open to them. A kernel that takes the
+    /// hardware-reduced platform at its word never programs them, so an early edge on an interrupt line would reach it as
+    /// a processor exception.
+    fn mask_pics(&self) -> Result<(), Error> {
+        for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..Default::default()
+            };
+            self.fd
+                .get_irqchip(&mut chip)
+                .map_err(|e| Error::Ioctl("KVM_GET_IRQCHIP", e))?;
+            chip.chip.pic.imr = 0xff;
+            self.fd
+                .set_irqchip(&chip)
+                .map_err(|e| Error::Ioctl("KVM_SET_IRQCHIP", e))?;
+        }
+        Ok(())
     }
 
     /// Back `size` bytes of guest-physical memory at `address` with host memory at `host`. Sleeps in a grace period.

@@ -79,6 +79,12 @@ impl Vmm {
         matches!(&self.state, State::Running(vm) if vm.has_panicked())
     }
 
+    /// The power button was pressed and the guest has not looked. A press that comes before the guest's driver is there
+    /// is lost, so press again while this is true.
+    pub fn is_press_pending(&self) -> bool {
+        matches!(&self.state, State::Running(vm) if vm.is_press_pending())
+    }
+
     /// The VM ends as one whose kernel has panicked.
     pub fn give_up_after_panic(&self) {
         if let State::Running(vm) = &self.state {

@@ -73,6 +73,7 @@ impl GuestMemory {
     }
 
     /// The memory as rust-vmm's devices read and write it.
+    #[cfg(test)]
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
     }
@@ -150,6 +151,7 @@ impl GuestMemory {
 
     /// Have the host back `size` bytes from `address` with huge pages where it can. Only advice: what the host does not
     /// know or allow changes nothing.
+    #[expect(dead_code)]
     pub fn advise_huge_pages(&self, address: u64, size: u64) {
         if let Ok(host) = self.host_address(address, size) {
             // SAFETY: the range is ours, and this advice changes no contents.
@@ -162,6 +164,7 @@ impl GuestMemory {
 
     /// Have the host allocate `size` bytes from `address` now, in one go, instead of page by page as the guest comes to
     /// them. Only advice, as above.
+    #[expect(dead_code)]
     pub fn populate(&self, address: u64, size: u64) {
         if let Ok(host) = self.host_address(address, size) {
             // SAFETY: the range is ours; populating writes no contents.

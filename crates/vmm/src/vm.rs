@@ -124,6 +124,11 @@ impl Vm {
         self.power.press_power_button();
     }
 
+    /// The guest has not taken the last press yet.
+    pub fn is_press_pending(&self) -> bool {
+        self.power.is_press_pending()
+    }
+
     /// End the VM with `outcome` unless it has ended already.
     pub fn end(&self, outcome: Outcome) {
         self.shared.lifecycle.end(outcome);

@@ -1,1 +1,61 @@
-fn main() {}
+//! `cargo xtask`: what a person developing Husk runs.
+//!
+//! Each command does its own set-up and says what it is doing: Debian packages come by apt-get
+//! (downloaded and unpacked into the cache where that is enough, installed where it is not), and
+//! everything else by cargo.
+#![forbid(unsafe_code)]
+
+mod apt;
+mod bench;
+mod cargo;
+mod demo;
+mod guest;
+mod host;
+mod kernel;
+mod test;
+mod testbed;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "What a person developing Husk runs")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build Husk, fetch Debian's cloud kernel and boot it: a shell on a terminal, else a short script
+    Demo(demo::Args),
+    /// Run every test of the project: unit, native smoke, end to end
+    Test(test::Args),
+    /// Run a command on an emulated host that has a real /dev/kvm (AMD SVM)
+    Testbed(testbed::Args),
+    /// Build the minimal guest kernel of resources/guest-kernel into the cache (about 6 minutes on two cores)
+    Kernel,
+    /// Measure start-up time, memory and size beside the floor and QEMU microvm
+    Bench(bench::Args),
+    /// Time boots to init; what `bench` runs on the testbed
+    #[command(hide = true)]
+    BenchInner(bench::InnerArgs),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Demo(args) => demo::run(&args),
+        Command::Test(args) => test::run(&args),
+        Command::Testbed(args) => testbed::run(&args),
+        Command::Kernel => kernel::run(),
+        Command::Bench(args) => bench::run(&args),
+        Command::BenchInner(args) => bench::run_inner(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! `cargo xtask test`: every test of the project.
+
+use crate::cargo::{self, TestProgram};
+use crate::demo::{self, Demo};
+use crate::host::{self, shell_quote};
+use crate::kernel;
+use crate::testbed::Testbed;
+use anyhow::{Context, Result, bail};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
+
+/// How long all end-to-end tests together may take on the testbed.
+const TESTBED_LIMIT: Duration = Duration::from_secs(45 * 60);
+/// Enough for a guest of 6 GiB of which little is touched, and for what tests write to the overlay.
+const TESTBED_MIB: u32 = 8192;
+
+/// `cargo xtask test`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Run the end-to-end tests on this machine's KVM
+    #[arg(long, conflicts_with = "testbed")]
+    native: bool,
+    /// Run the end-to-end tests on the testbed
+    #[arg(long)]
+    testbed: bool,
+    /// Only these: `unit`, `smoke`, a file of tests/, or a package (default: all)
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+    /// Arguments for the test programs, such as a filter
+    #[arg(last = true, value_name = "ARGS")]
+    program_args: Vec<String>,
+}
+
+/// Where a test program runs.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Kind {
+    Unit,
+    Smoke,
+    EndToEnd,
+}
+
+/// What the test programs said: the sums of their `test result:` lines.
+#[derive(Default, Debug, PartialEq)]
+struct Tally {
+    passed: u64,
+    failed: u64,
+}
+
+/// Builds and runs them; the last line is `N passed, N failed`.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let husk = host::step("building husk (release)", cargo::release_binary)?;
+    let programs = host::step("building the tests", cargo::test_programs)?;
+    let chosen = choose(&programs, &args.names)?;
+    let of = |kind: Kind| {
+        chosen
+            .iter()
+            .filter(move |program| kind_of(program) == kind)
+            .copied()
+    };
+    let mut tally = Tally::default();
+    for program in of(Kind::Unit) {
+        run_native(program, &[], &args.program_args, &mut tally)?;
+    }
+    if args.names.is_empty() || args.names.iter().any(|name| name == "unit") {
+        run_doc_tests(&mut tally)?;
+    }
+    for program in of(Kind::Smoke) {
+        if !Path::new("/dev/kvm").exists() {
+            bail!(
+                "the native smoke tests need /dev/kvm, and this machine has none: enable virtualisation, or name the tests to run without them"
+            );
+        }
+        let env = vec![("HUSK_BIN".to_owned(), husk.display().to_string())];
+        run_native(program, &env, &args.program_args, &mut tally)?;
+    }
+    let end_to_end: Vec<&TestProgram> = of(Kind::EndToEnd).collect();
+    if !end_to_end.is_empty() {
+        let env = environment(&husk, &demo::ensure()?, &kernel::ensure()?)?;
+        let native = args.native || (!args.testbed && demo::runs_linux(&husk)?);
+        if native {
+            for program in end_to_end {
+                run_native(program, &env, &args.program_args, &mut tally)?;
+            }
+        } else {
+            run_on_testbed(&end_to_end, env, &args.program_args, &mut tally)?;
+        }
+    }
+    println!("{} passed, {} failed", tally.passed, tally.failed);
+    Ok(if tally.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn kind_of(program: &TestProgram) -> Kind {
+    match (
+        program.package == "husk" && program.integration,
+        program.target.as_str(),
+    ) {
+        (true, "smoke") => Kind::Smoke,
+        (true, _) => Kind::EndToEnd,
+        (false, _) => Kind::Unit,
+    }
+}
+
+/// The programs that `names` ask for; a name that nothing has is an error.
+fn choose<'a>(programs: &'a [TestProgram], names: &[String]) -> Result<Vec<&'a TestProgram>> {
+    let is = |program: &TestProgram, name: &str| match name {
+        "unit" => kind_of(program) == Kind::Unit,
+        _ if program.integration => program.target == name,
+        _ => program.package == name,
+    };
+    for name in names {
+        if name != "unit" && !programs.iter().any(|program| is(program, name)) {
+            let known: Vec<&str> = programs
+                .iter()
+                .filter(|p| p.integration)
+                .map(|p| p.target.as_str())
+                .collect();
+            bail!(
+                "no tests are called {name}: say unit, a package, or one of {}",
+                known.join(", ")
+            );
+        }
+    }
+    let wanted =
+        |program: &&TestProgram| names.is_empty() || names.iter().any(|name| is(program, name));
+    Ok(programs.iter().filter(wanted).collect())
+}
+
+/// What the end-to-end tests find their kernels by.
+fn environment(husk: &Path, demo: &Demo, minimal: &Path) -> Result<Vec<(String, String)>> {
+    let paths: [(&str, PathBuf); 6] = [
+        ("HUSK_BIN", husk.to_path_buf()),
+        ("HUSK_TEST_DEBIAN_KERNEL", demo.vmlinuz.clone()),
+        ("HUSK_TEST_MINIMAL_KERNEL", minimal.to_path_buf()),
+        ("HUSK_TEST_BUSYBOX", demo.busybox.clone()),
+        ("HUSK_TEST_MODULES", demo.modules.clone()),
+        ("HUSK_CACHE", host::cache_dir()?),
+    ];
+    let text = |(name, path): (&str, PathBuf)| {
+        let value = path
+            .to_str()
+            .with_context(|| format!("not UTF-8: {}", path.display()))?;
+        Ok((name.to_owned(), value.to_owned()))
+    };
+    paths.into_iter().map(text).collect()
+}
+
+fn run_native(
+    program: &TestProgram,
+    env: &[(String, String)],
+    args: &[String],
+    tally: &mut Tally,
+) -> Result<()> {
+    eprintln!("==> {} {}", program.package, program.target);
+    let mut command = Command::new(&program.executable);
+    command
+        .args(args)
+        .current_dir(&program.folder)
+        .env("CARGO_MANIFEST_DIR", &program.folder)
+        .envs(env.iter().cloned());
+    follow(&mut command, &program.target, tally)
+}
+
+fn run_doc_tests(tally: &mut Tally) -> Result<()> {
+    eprintln!("==> documentation");
+    let mut command = cargo::cargo()?;
+    command.args(["test", "--workspace", "--doc", "--quiet"]);
+    follow(&mut command, "documentation", tally)
+}
+
+/// Shows what a native test program prints and counts its results.
+fn follow(command: &mut Command, name: &str, tally: &mut Tally) -> Result<()> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot start the tests of {name}"))?;
+    let before = tally.failed;
+    if let Some(stdout) = child.stdout.take() {
+        let mut reader = BufReader::new(stdout);
+        let mut line = Vec::new();
+        while reader
+            .read_until(b'\n', &mut line)
+            .context("cannot read the tests' output")?
+            > 0
+        {
+            show(&line);
+            tally.add(&String::from_utf8_lossy(&line));
+            line.clear();
+        }
+    }
+    let status = child.wait().context("cannot wait for the tests")?;
+    if !status.success() && tally.failed == before {
+        eprintln!("xtask: the tests of {name} ended with {status} before they had a result");
+        tally.failed += 1;
+    }
+    Ok(())
+}
+
+/// Runs all programs in one boot of the emulated host.
+fn run_on_testbed(
+    programs: &[&TestProgram],
+    env: Vec<(String, String)>,
+    args: &[String],
+    tally: &mut Tally,
+) -> Result<()> {
+    let names: Vec<&str> = programs
+        .iter()
+        .map(|program| program.target.as_str())
+        .collect();
+    eprintln!("==> on the testbed: {}", names.join(", "));
+    let testbed = Testbed {
+        memory_mib: TESTBED_MIB,
+        limit: Some(TESTBED_LIMIT),
+        env,
+        ..Testbed::default()
+    };
+    let script = testbed_script(programs, args)?;
+    let mut counter = LineCounter::new(tally);
+    let status = testbed.run(&["sh".into(), "-c".into(), script], &[], |output| {
+        show(output);
+        counter.feed(output);
+    })?;
+    let finished = counter.finish();
+    for name in names.iter().skip(finished) {
+        eprintln!("xtask: the tests of {name} did not come to an end (exit status {status})");
+        tally.failed += 1;
+    }
+    Ok(())
+}
+
+/// Runs each program in its folder and reports its exit status in a line of its own.
+fn testbed_script(programs: &[&TestProgram], args: &[String]) -> Result<String> {
+    let mut script = String::new();
+    for program in programs {
+        let folder = shell_quote(program.folder.to_str().context("a folder is not UTF-8")?);
+        let path = shell_quote(program.executable.to_str().context("a path is not UTF-8")?);
+        let args: Vec<String> = args.iter().map(|arg| shell_quote(arg)).collect();
+        script += &format!(
+            "cd {folder}; export CARGO_MANIFEST_DIR={folder}; {path} --test-threads=2 {}; echo \"{ENDED}$?\"\n",
+            args.join(" ")
+        );
+    }
+    Ok(script)
+}
+
+const ENDED: &str = "husk-test-program-ended: ";
+
+/// Cuts the testbed's output into lines and counts results in them.
+struct LineCounter<'a> {
+    line: Vec<u8>,
+    tally: &'a mut Tally,
+    failed_before: u64,
+    finished: usize,
+}
+
+impl<'a> LineCounter<'a> {
+    fn new(tally: &'a mut Tally) -> Self {
+        let failed_before = tally.failed;
+        Self {
+            line: Vec::new(),
+            tally,
+            failed_before,
+            finished: 0,
+        }
+    }
+
+    fn feed(&mut self, output: &[u8]) {
+        for &byte in output {
+            if byte != b'\n' {
+                self.line.push(byte);
+                continue;
+            }
+            let line = String::from_utf8_lossy(&std::mem::take(&mut self.line)).into_owned();
+            self.tally.add(&line);
+            if let Some((_, status)) = line.split_once(ENDED) {
+                self.finished += 1;
+                // A program that failed without a result, by a signal say, is one failure.
+                if status.trim() != "0" && self.tally.failed == self.failed_before {
+                    self.tally.failed += 1;
+                }
+                self.failed_before = self.tally.failed;
+            }
+        }
+    }
+
+    /// How many programs came to their end.
+    fn finish(self) -> usize {
+        self.finished
+    }
+}
+
+impl Tally {
+    /// Adds a line such as `test result: ok. 3 passed; 0 failed; 0 ignored; …`.
+    fn add(&mut self, line: &str) {
+        let Some((_, result)) = line.split_once("test result: ") else {
+            return;
+        };
+        let number = |what: &str| {
+            let mut parts = result.split([';', '.']).map(str::trim);
+            parts.find_map(|part| part.strip_suffix(what)?.trim().parse::<u64>().ok())
+        };
+        if let (Some(passed), Some(failed)) = (number("passed"), number("failed")) {
+            self.passed += passed;
+            self.failed += failed;
+        }
+    }
+}
+
+fn show(output: &[u8]) {
+    let mut stdout = std::io::stdout().lock();
+    let _ = stdout.write_all(output).and_then(|()| stdout.flush());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OK: &str = "test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.31s\n";
+    const BAD: &str =
+        "test result: FAILED. 2 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out\n";
+
+    fn program(package: &str, target: &str, integration: bool) -> TestProgram {
+        TestProgram {
+            package: package.into(),
+            target: target.into(),
+            integration,
+            executable: "/t/x".into(),
+            folder: "/src".into(),
+        }
+    }
+
+    #[test]
+    fn results_add_up() {
+        let mut tally = Tally::default();
+        tally.add(OK);
+        tally.add("test some::test ... ok");
+        tally.add(BAD);
+        assert_eq!(
+            tally,
+            Tally {
+                passed: 14,
+                failed: 3
+            }
+        );
+    }
+
+    #[test]
+    fn a_result_cut_anywhere_by_the_console_is_counted_once() {
+        let text = format!("{OK}{ENDED}0\n{BAD}{ENDED}101\n");
+        for cut in 0..text.len() {
+            let mut tally = Tally::default();
+            let mut counter = LineCounter::new(&mut tally);
+            counter.feed(&text.as_bytes()[..cut]);
+            counter.feed(&text.as_bytes()[cut..]);
+            assert_eq!(counter.finish(), 2);
+            assert_eq!(
+                tally,
+                Tally {
+                    passed: 14,
+                    failed: 3
+                }
+            );
+        }
+    }
+
+    #[test]
+    fn a_program_that_dies_without_a_result_is_a_failure() {
+        let mut tally = Tally::default();
+        let mut counter = LineCounter::new(&mut tally);
+        counter.feed(format!("{OK}{ENDED}0\nrunning 3 tests\n{ENDED}134\n").as_bytes());
+        assert_eq!(counter.finish(), 2);
+        assert_eq!(
+            tally,
+            Tally {
+                passed: 12,
+                failed: 1
+            }
+        );
+    }
+
+    #[test]
+    fn a_programs_place_follows_from_its_package_and_name() {
+        assert_eq!(kind_of(&program("husk", "husk", false)), Kind::Unit);
+        assert_eq!(kind_of(&program("husk-virtio", "kit", true)), Kind::Unit);
+        assert_eq!(kind_of(&program("husk", "smoke", true)), Kind::Smoke);
+        assert_eq!(kind_of(&program("husk", "boot", true)), Kind::EndToEnd);
+    }
+
+    #[test]
+    fn names_choose_programs_and_an_unknown_one_is_an_error() {
+        let programs = [
+            program("husk", "boot", true),
+            program("husk-bus", "husk_bus", false),
+        ];
+        let chosen = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|&name| name.into()).collect();
+            choose(&programs, &names).map(|chosen| chosen.len())
+        };
+        assert_eq!(chosen(&[]).unwrap(), 2);
+        assert_eq!(chosen(&["unit"]).unwrap(), 1);
+        assert_eq!(chosen(&["boot"]).unwrap(), 1);
+        assert_eq!(chosen(&["husk-bus", "boot"]).unwrap(), 2);
+        assert!(chosen(&["bot"]).unwrap_err().to_string().contains("boot"));
+    }
+}
