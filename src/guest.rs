@@ -36,7 +36,8 @@ pub fn default_initrd(kernel: &Path, cache: &Cache) -> Result<(File, PathBuf), S
     Ok((file, busybox))
 }
 
-fn busybox() -> Option<PathBuf> {
+/// The busybox of the default guest: `$HUSK_BUSYBOX`, the demo's, the first in `$PATH`.
+pub fn busybox() -> Option<PathBuf> {
     if let Some(path) = std::env::var_os("HUSK_BUSYBOX").filter(|value| !value.is_empty()) {
         return Some(path.into());
     }

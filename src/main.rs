@@ -54,7 +54,7 @@ fn main() -> ExitCode {
     }
     let result = match cli.command {
         Command::Run(arguments) => run::run(&arguments, start),
-        Command::Doctor(_) => Ok(0),
+        Command::Doctor(arguments) => doctor(arguments.json),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "husk", &mut script);
@@ -72,6 +72,19 @@ fn main() -> ExitCode {
         Ok(status) => ExitCode::from(status),
         Err(failure) => report(failure),
     }
+}
+
+fn doctor(json: bool) -> Result<u8, Failure> {
+    let report = husk_doctor::examine(&husk_doctor::DefaultGuest {
+        kernel: guest::default_kernel(),
+        busybox: guest::busybox(),
+    });
+    let text = match json {
+        true => report.to_json(env!("CARGO_PKG_VERSION")) + "\n",
+        false => report.to_string(),
+    };
+    print(text.as_bytes())?;
+    Ok(u8::from(!report.can_run_linux))
 }
 
 fn report(failure: Failure) -> ExitCode {

@@ -308,7 +308,10 @@ mod tests {
         };
         assert_eq!(name(b"KVMKVMKVM\0\0\0"), "KVM");
         assert_eq!(name(b"TCGTCGTCGTCG"), TCG);
-        assert_eq!(name(b"\0\0\0\0\0\0\0\0\0\0\0\0"), "a hypervisor without a name");
+        assert_eq!(
+            name(b"\0\0\0\0\0\0\0\0\0\0\0\0"),
+            "a hypervisor without a name"
+        );
         assert_eq!(name(b"MyOwnHyper\0\0"), "MyOwnHyper");
     }
 }

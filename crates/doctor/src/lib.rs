@@ -189,10 +189,7 @@ mod tests {
         assert_eq!(value["husk"], "1.2.3");
         assert_eq!(value["can_run_linux"], false);
         assert_eq!(value["findings"][0]["status"], "ok");
-        assert_eq!(
-            value["findings"][0]["advice"],
-            serde_json::Value::Null
-        );
+        assert_eq!(value["findings"][0]["advice"], serde_json::Value::Null);
         assert_eq!(value["findings"][1]["status"], "fail");
         assert_eq!(value["findings"][1]["text"], "it \"cannot\" be run");
         assert_eq!(value["findings"][1]["advice"], "use another host");

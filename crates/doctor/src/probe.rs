@@ -7,7 +7,7 @@ use kvm_ioctls::Cap;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// How long the guest is measured.
 const MEASURE: Duration = Duration::from_millis(200);
@@ -23,9 +23,7 @@ const ENTRY: u64 = 0x10_0000;
 /// A port at which the guest asks how often to go round.
 const PORT: u16 = 0x80;
 /// 64-bit code: `again: in eax, 0x80; mov ecx, eax; round: dec ecx; jnz round; jmp again`.
-const LOOP: [u8; 10] = [
-    0xe5, 0x80, 0x89, 0xc1, 0xff, 0xc9, 0x75, 0xfc, 0xeb, 0xf6,
-];
+const LOOP: [u8; 10] = [0xe5, 0x80, 0x89, 0xc1, 0xff, 0xc9, 0x75, 0xfc, 0xeb, 0xf6];
 /// Instructions of one round.
 const ROUND: u64 = 2;
 /// Rounds of the first stretch: a few hundredths of a second where KVM emulates each instruction.
@@ -121,16 +119,14 @@ enum Error {
     Exit(String),
 }
 
-/// The best stretch counts: what else the host does makes the others slower, never faster.
+/// Let a guest run [`LOOP`] as the kernel would run: 64-bit code, paging, privilege level 0.
 fn speed(kvm: &Kvm) -> Result<u64, Error> {
     // Before the VM, so that it is dropped after it.
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY as usize)])
         .map_err(|_| Error::Memory)?;
     let host = memory
-        .iter()
-        .next()
-        .and_then(|region| region.get_host_address(vm_memory::MemoryRegionAddress(0)).ok())
-        .ok_or(Error::Memory)?;
+        .get_host_address(GuestAddress(0))
+        .map_err(|_| Error::Memory)?;
     let vm = kvm.create_vm()?;
     // SAFETY: `memory` maps MEMORY bytes at `host`, is this guest's alone, and is declared before `vm` and `vcpu`, so it
     // is unmapped after both are dropped. Nothing here keeps a reference into it.
@@ -145,7 +141,10 @@ fn speed(kvm: &Kvm) -> Result<u64, Error> {
         random_seed: [0; 32],
     };
     let start = boot::linux(&info, ENTRY);
-    let contents = start.writes.iter().map(|(at, bytes)| (*at, bytes.as_slice()));
+    let contents = start
+        .writes
+        .iter()
+        .map(|(at, bytes)| (*at, bytes.as_slice()));
     for (address, bytes) in contents.chain([(ENTRY, LOOP.as_slice())]) {
         memory
             .write_slice(bytes, GuestAddress(address))
@@ -158,44 +157,103 @@ fn speed(kvm: &Kvm) -> Result<u64, Error> {
     vcpu.set_sregs(&sregs)?;
     vcpu.set_regs(&start.regs)?;
 
-    measure(|rounds| loop {
+    let mut watch = StopWatch::new();
+    loop {
         match vcpu.run()? {
-            Exit::PortIn { port: PORT, data, .. } => {
-                let answer = rounds.to_le_bytes();
-                data.iter_mut().zip(answer).for_each(|(to, from)| *to = from);
-                return Ok(());
-            }
+            Exit::PortIn {
+                port: PORT, data, ..
+            } => match watch.asked(Instant::now()) {
+                Some(rounds) => data
+                    .iter_mut()
+                    .zip(rounds.to_le_bytes())
+                    .for_each(|(to, from)| *to = from),
+                None => return Ok(watch.best),
+            },
             Exit::Interrupted => {}
             other => return Err(Error::Exit(format!("{other:?}"))),
         }
-    })
+    }
 }
 
-/// Instructions per second. `next` waits until the guest has gone its rounds and gives it a new number of them.
-fn measure(mut next: impl FnMut(u32) -> Result<(), Error>) -> Result<u64, Error> {
-    let mut best = 0;
-    let mut rounds = FIRST_ROUNDS;
-    next(rounds)?;
-    let begin = Instant::now();
-    let mut last = begin;
-    while begin.elapsed() < MEASURE {
-        let done = rounds;
-        // Longer stretches until one is long enough; the guest is told before it is known how long this one took.
-        if last != begin || done == FIRST_ROUNDS {
-            next(rounds)?;
-        }
-        let now = Instant::now();
-        let took = now.duration_since(last);
-        last = now;
-        best = best.max(per_second(u64::from(done) * ROUND, took));
-        if took < STRETCH {
-            rounds = rounds.saturating_mul(2);
+/// Times the guest's stretches of rounds, longer ones until one is long enough.
+struct StopWatch {
+    /// When the guest asked first, and when it asked last.
+    times: Option<(Instant, Instant)>,
+    /// What it was told last.
+    rounds: u32,
+    /// Instructions per second in the best stretch: what else the host does makes a stretch slower, never faster.
+    best: u64,
+}
+
+impl StopWatch {
+    fn new() -> Self {
+        Self {
+            times: None,
+            rounds: FIRST_ROUNDS,
+            best: 0,
         }
     }
-    Ok(best)
+
+    /// The guest has gone its rounds: the number of the next ones, or none if it has been measured long enough.
+    fn asked(&mut self, now: Instant) -> Option<u32> {
+        let Some((first, last)) = self.times else {
+            self.times = Some((now, now));
+            return Some(self.rounds);
+        };
+        let took = now.duration_since(last);
+        self.best = self
+            .best
+            .max(per_second(u64::from(self.rounds) * ROUND, took));
+        if took < STRETCH {
+            self.rounds = self.rounds.saturating_mul(2);
+        }
+        self.times = Some((first, now));
+        (now.duration_since(first) < MEASURE).then_some(self.rounds)
+    }
 }
 
 fn per_second(count: u64, took: Duration) -> u64 {
     let nanoseconds = took.as_nanos().max(1);
     u64::try_from(u128::from(count) * 1_000_000_000 / nanoseconds).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Ask as a guest would that needs `nanoseconds` for an instruction, and more for every other stretch.
+    fn measured(nanoseconds: u64, disturbance: Duration) -> (u64, Duration) {
+        let mut watch = StopWatch::new();
+        let begin = Instant::now();
+        let mut now = begin;
+        let mut disturbed = false;
+        while let Some(rounds) = watch.asked(now) {
+            now += Duration::from_nanos(u64::from(rounds) * ROUND * nanoseconds);
+            if disturbed {
+                now += disturbance;
+            }
+            disturbed = !disturbed;
+        }
+        (watch.best, now - begin)
+    }
+
+    #[test]
+    fn speed_is_that_of_an_undisturbed_stretch() {
+        let (speed, took) = measured(1, Duration::from_millis(30));
+        assert_eq!(speed, 1_000_000_000);
+        assert!(took < 2 * MEASURE, "{took:?}");
+        let (speed, took) = measured(700, Duration::from_millis(30));
+        assert_eq!(speed, 1_428_571);
+        assert!(took < 2 * MEASURE, "{took:?}");
+    }
+
+    #[test]
+    fn a_clock_that_stands_still_does_no_harm() {
+        let mut watch = StopWatch::new();
+        let now = Instant::now();
+        for _ in 0..100 {
+            assert!(watch.asked(now).is_some());
+        }
+        assert!(watch.best > 0);
+    }
 }

@@ -4,7 +4,8 @@ use std::os::unix::fs::FileExt;
 
 use crate::Error;
 use crate::bytes::{u16_at, u32_at, u64_at};
-use crate::kernel::{Image, Segment};
+use crate::kernel::{Image, Segment, Written};
+use crate::sections;
 
 /// What the headers say, all of it checked.
 #[derive(Debug)]
@@ -12,6 +13,7 @@ pub(crate) struct Elf {
     pub(crate) segments: Vec<Segment>,
     pub(crate) entry: u64,
     pub(crate) pvh_entry: Option<u32>,
+    pub(crate) written: Vec<Written>,
 }
 
 pub(crate) const MAGIC: &[u8] = b"\x7fELF";
@@ -79,10 +81,12 @@ pub(crate) fn parse(image: &Image<'_>) -> Result<Elf, Error> {
             .iter()
             .any(|s| u64::from(*entry).wrapping_sub(s.address) < s.memory_size)
     });
+    let written = sections::written(image, &segments);
     Ok(Elf {
         segments,
         entry,
         pvh_entry,
+        written,
     })
 }
 
@@ -256,7 +260,12 @@ fn find_phys32_entry(mut notes: &[u8], align: usize) -> Option<u32> {
 
 /// `size` bytes at `offset`, out of what was read already where it holds them. `size` is at most a
 /// few pages (checked by the callers), so it is safe to allocate.
-fn read(image: &Image<'_>, offset: u64, size: u64, what: &'static str) -> Result<Vec<u8>, Error> {
+pub(crate) fn read(
+    image: &Image<'_>,
+    offset: u64,
+    size: u64,
+    what: &'static str,
+) -> Result<Vec<u8>, Error> {
     let end = offset.saturating_add(size);
     if end > image.length {
         return Err(image.truncated(what, end));

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::OFlags;
 
 use crate::cache::{Identity, Key, StoreFault};
+use crate::sparse::Sparse;
 use crate::unpack::{Fault, unpack, unpack_head};
 use crate::{Cache, Compression, Error, bzimage, elf};
 
@@ -27,6 +28,10 @@ pub struct Kernel {
     pub entry: u64,
     /// The guest-physical address of the 32-bit PVH entry, if the kernel has one; inside a segment.
     pub pvh_entry: Option<u32>,
+    /// What the kernel changes while it boots, and so is certain to touch: its data, and its code, which it patches for
+    /// the processor that it finds. Sorted by address, within the segments' parts that are in `file`. A hint: it may be
+    /// empty.
+    pub written: Vec<Written>,
     /// A bzImage's setup header, from file offset 0x1f1 on. Its length is what the image says: from
     /// 17 to 272 bytes.
     pub setup_header: Option<Vec<u8>>,
@@ -64,6 +69,17 @@ pub struct Segment {
     pub address: u64,
     /// How much guest memory it takes; at least 1 and at least `file_size`.
     pub memory_size: u64,
+}
+
+/// A part of a segment that the kernel writes to. All numbers are bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Written {
+    /// Where it begins in the file.
+    pub file_offset: u64,
+    /// The guest-physical address.
+    pub address: u64,
+    /// Its length.
+    pub size: u64,
 }
 
 impl Kernel {
@@ -109,6 +125,7 @@ impl Kernel {
             segments,
             entry,
             pvh_entry,
+            written,
         } = elf;
         Self {
             file,
@@ -117,6 +134,7 @@ impl Kernel {
             segments,
             entry,
             pvh_entry,
+            written,
             setup_header,
         }
     }
@@ -335,8 +353,11 @@ fn unpacked(
         cache.link(&identity, &key);
         return Ok(found);
     }
-    let file = cache.store(&key, image.path, &|mut sink: &File| {
-        unpack_kernel(image.path, packed, &data, &mut sink)
+    let file = cache.store(&key, image.path, &|sink: &File| {
+        let mut sink = Sparse::new(sink);
+        let size = unpack_kernel(image.path, packed, &data, &mut sink)?;
+        sink.finish().map_err(StoreFault::Sink)?;
+        Ok(size)
     })?;
     cache.link(&identity, &key);
     let metadata = file.metadata().map_err(|source| Error::Read {

@@ -17,6 +17,8 @@ mod cache;
 mod elf;
 mod error;
 mod kernel;
+mod sections;
+mod sparse;
 mod unpack;
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use husk_arch::layout::HIGH_MEMORY;
 use husk_arch::memory_map::Range;
 use husk_config::{BootProtocol, BootSource};
 use husk_loader::{Cache, Kernel};
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, SeekFrom, seek};
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::OpenOptionsExt;
@@ -92,7 +92,31 @@ fn place_kernel(kernel: &Kernel, memory: &GuestMemory) -> Result<u64, Error> {
         )?;
         kernel_end = kernel_end.max(end);
     }
+    for part in &kernel.written {
+        for (offset, size) in data_extents(&kernel.file, part.file_offset, part.size) {
+            memory.populate(part.address + (offset - part.file_offset), size);
+        }
+    }
     Ok(kernel_end)
+}
+
+/// The parts of `size` bytes of `file` from `start` that are not holes. Padding is not worth a page of memory.
+fn data_extents(file: &File, start: u64, size: u64) -> Vec<(u64, u64)> {
+    let end = start.saturating_add(size);
+    let mut extents = Vec::new();
+    let mut at = start;
+    while at < end {
+        let Ok(data) = seek(file, SeekFrom::Data(at)) else {
+            break; // nothing but a hole up to the end, or a file system that cannot tell
+        };
+        let hole = seek(file, SeekFrom::Hole(data)).unwrap_or(end).min(end);
+        if data >= hole {
+            break;
+        }
+        extents.push((data, hole - data));
+        at = hole;
+    }
+    extents
 }
 
 /// The initrd goes to the end of the memory below the hole, or, if it does not fit there and the protocol can say so

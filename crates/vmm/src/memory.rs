@@ -149,23 +149,12 @@ impl GuestMemory {
         self.copy_file(file, offset + head + mapped, end - last_page, last_page)
     }
 
-    /// Have the host back `size` bytes from `address` with huge pages where it can. Only advice: what the host does not
-    /// know or allow changes nothing.
-    #[expect(dead_code)]
-    pub fn advise_huge_pages(&self, address: u64, size: u64) {
-        if let Ok(host) = self.host_address(address, size) {
-            // SAFETY: the range is ours, and this advice changes no contents.
-            let result = unsafe { madvise(host as *mut _, size as usize, Advice::LinuxHugepage) };
-            if let Err(e) = result {
-                log::debug!("no huge pages for guest memory: {e}");
-            }
-        }
-    }
-
-    /// Have the host allocate `size` bytes from `address` now, in one go, instead of page by page as the guest comes to
-    /// them. Only advice, as above.
-    #[expect(dead_code)]
+    /// Have the host allocate the pages of `size` bytes from `address` now, in one go, instead of one by one as the guest
+    /// comes to them. Only advice: a host that does not know it changes nothing.
     pub fn populate(&self, address: u64, size: u64) {
+        let end = address.saturating_add(size);
+        let address = address & !(PAGE - 1);
+        let size = end.saturating_sub(address);
         if let Ok(host) = self.host_address(address, size) {
             // SAFETY: the range is ours; populating writes no contents.
             let result =

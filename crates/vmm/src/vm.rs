@@ -69,25 +69,14 @@ impl Vm {
         let memory_size = memory_size(config)?;
         // Before KVM's descriptors, so that it is dropped after them.
         let memory = GuestMemory::new(memory_size)?;
-        let kvm = Kvm::open()?;
-        if cpus as usize > kvm.max_vcpus() {
-            let most = kvm.max_vcpus();
-            return Err(Error::TooManyVcpus { cpus, most });
-        }
-        let vm = kvm.create_vm()?;
-        host.timeline.reach(Phase::VmCreated);
-
-        // Two of KVM's calls sleep in a grace period of a millisecond or more each. They sleep at the same time, and
-        // meanwhile this thread reads the kernel.
-        let (vcpus, boot) = thread::scope(|scope| {
-            let processors = scope.spawn(|| set_up_processors(&kvm, &vm, cpus, &host.timeline));
-            let slots = scope.spawn(|| register_memory(&vm, &memory, &host.timeline));
-            let boot = prepare_boot(config, &memory, host);
-            let (processors, slots) = (processors.join(), slots.join());
-            slots.unwrap_or(Err(Error::State("the memory thread failed")))?;
-            let processors =
-                processors.unwrap_or(Err(Error::State("the processor thread failed")))?;
-            Ok::<_, Error>((processors, boot?))
+        // KVM's calls sleep in grace periods, of milliseconds in all; meanwhile another thread reads the kernel. KVM's
+        // are on this thread, so that they begin first where there is one processor only.
+        let (vm, vcpus, boot) = thread::scope(|scope| {
+            let boot = scope.spawn(|| prepare_boot(config, &memory, host));
+            let machine = create_machine(cpus, &memory, &host.timeline);
+            let boot = joined(boot);
+            let (vm, vcpus) = machine?;
+            Ok::<_, Error>((vm, vcpus, boot?))
         })?;
 
         let (shared, power) = platform(&vm, host)?;
@@ -208,6 +197,36 @@ fn memory_size(config: &VmConfig) -> Result<u64, Error> {
         Some(limit) if end > limit => Err(too_large(bits)),
         _ => Ok(size),
     }
+}
+
+/// Create the VM with its interrupt controllers, vCPUs and memory. Registering memory and creating the interrupt
+/// controllers sleep in a grace period each; they sleep at the same time.
+fn create_machine(
+    cpus: u32,
+    memory: &GuestMemory,
+    timeline: &Timeline,
+) -> Result<(husk_kvm::Vm, (Template, Vec<Vcpu>)), Error> {
+    let kvm = Kvm::open()?;
+    let most = kvm.max_vcpus();
+    if cpus as usize > most {
+        return Err(Error::TooManyVcpus { cpus, most });
+    }
+    let vm = kvm.create_vm()?;
+    timeline.reach(Phase::VmCreated);
+    let processors = thread::scope(|scope| {
+        let slots = scope.spawn(|| register_memory(&vm, memory, timeline));
+        let processors = set_up_processors(&kvm, &vm, cpus, timeline);
+        joined(slots)?;
+        processors
+    })?;
+    Ok((vm, processors))
+}
+
+fn joined<T>(thread: thread::ScopedJoinHandle<'_, Result<T, Error>>) -> Result<T, Error> {
+    // A panic has ended the process before this could be seen.
+    thread
+        .join()
+        .unwrap_or(Err(Error::State("a thread of the monitor failed")))
 }
 
 fn set_up_processors(

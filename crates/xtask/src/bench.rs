@@ -26,6 +26,10 @@ const LIMIT_INIT_MS: f64 = 140.0;
 /// How long one start may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// On the testbed a virtual minute passes at once while the only CPU waits for a file (the clock
+/// leaps to the next timer), so the limit there is the testbed's, in real time.
+const NO_END: Duration = Duration::from_secs(1_000_000);
+
 /// `cargo xtask bench`.
 #[derive(clap::Args)]
 pub struct Args {
@@ -113,7 +117,7 @@ pub fn run_inner(args: &InnerArgs) -> Result<ExitCode> {
     };
     let programs: Result<Vec<Program>> = args.programs.iter().map(parse).collect();
     let programs = programs?;
-    let samples = measure(&programs, args.runs, &args.mark)?;
+    let samples = measure(&programs, args.runs, &args.mark, NO_END)?;
     print!("{}", table(&programs, &samples));
     Ok(ExitCode::SUCCESS)
 }
@@ -154,11 +158,14 @@ fn first_byte(runs: u32, husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) 
         ),
         Program::new(
             "qemu microvm",
-            &microvm(&format!("-m 128 -kernel {dir}/payload.elf")),
+            &microvm(
+                "microvm,acpi=off",
+                &format!("-m 128 -kernel {dir}/payload.elf"),
+            ),
         ),
     ];
     println!("spawn to the guest's first byte, 128 MiB, 1 vCPU, {runs} alternating starts:");
-    let samples = measure(&programs, runs, "h")?;
+    let samples = measure(&programs, runs, "h", PATIENCE)?;
     print!("{}", table(&programs, &samples));
     if let [floor, _, husk, ..] = samples.as_slice() {
         let rss = median(husk.iter().map(|s| s.rss_kib as f64))
@@ -204,7 +211,7 @@ fn boot_to_init(husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result
     let more = format!(
         "-m 128 -kernel {vmlinux} -initrd {initrd} -append console=ttyS0\u{a0}quiet\u{a0}reboot=t"
     );
-    let qemu = format!("qemu microvm={}", microvm(&more));
+    let qemu = format!("qemu microvm={}", microvm("microvm", &more));
     let mut command = vec![own.display().to_string()];
     command.extend(["bench-inner", "-m", MARK].map(str::to_owned));
     command.extend([husk, qemu]);
@@ -240,9 +247,9 @@ int main(void) { (void)!write(1, \"husk-init\\n\", 10); for (;;) pause(); }
 ";
 const MARK: &str = "husk-init";
 
-fn microvm(more: &str) -> String {
+fn microvm(machine: &str, more: &str) -> String {
     format!(
-        "qemu-system-x86_64 -M microvm,acpi=off -enable-kvm -cpu host -nodefaults -no-user-config \
+        "qemu-system-x86_64 -M {machine} -enable-kvm -cpu host -nodefaults -no-user-config \
          -display none -serial stdio -no-reboot {more}"
     )
 }
@@ -260,11 +267,16 @@ impl Program {
 }
 
 /// Starts the programs in turn, `runs` times after one that warms up; samples of each.
-fn measure(programs: &[Program], runs: u32, mark: &str) -> Result<Vec<Vec<Sample>>> {
+fn measure(
+    programs: &[Program],
+    runs: u32,
+    mark: &str,
+    patience: Duration,
+) -> Result<Vec<Vec<Sample>>> {
     let mut samples: Vec<Vec<Sample>> = programs.iter().map(|_| Vec::new()).collect();
     for turn in 0..=runs {
         for (program, samples) in programs.iter().zip(&mut samples) {
-            let sample = start(program, mark)?;
+            let sample = start(program, mark, patience)?;
             if turn > 0 {
                 samples.push(sample);
             }
@@ -274,7 +286,7 @@ fn measure(programs: &[Program], runs: u32, mark: &str) -> Result<Vec<Vec<Sample
 }
 
 /// Starts a program, waits for the mark alone on a line, and kills it.
-fn start(program: &Program, mark: &str) -> Result<Sample> {
+fn start(program: &Program, mark: &str, patience: Duration) -> Result<Sample> {
     let (path, args) = program.command.split_first().context("an empty command")?;
     let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
     let mut command = Command::new(path);
@@ -294,7 +306,7 @@ fn start(program: &Program, mark: &str) -> Result<Sample> {
         .spawn()
         .with_context(|| format!("cannot start {path}"))?;
     drop(command);
-    let seen = receiver.recv_timeout(PATIENCE);
+    let seen = receiver.recv_timeout(patience);
     let rss_kib = peak_rss(child.id()).unwrap_or_default();
     let _ = child.kill();
     let mut errors = String::new();
@@ -307,7 +319,7 @@ fn start(program: &Program, mark: &str) -> Result<Sample> {
         Ok(seen) => seen,
         Err(_) => (
             None,
-            format!("nothing that ends a start in {} s", PATIENCE.as_secs()),
+            format!("nothing that ends a start in {} s", patience.as_secs()),
         ),
     };
     match at {
@@ -489,9 +501,9 @@ mod tests {
     #[test]
     fn a_program_without_a_mark_is_an_error_with_its_words() {
         let program = Program::new("x", "sh -c echo\u{a0}why;echo\u{a0}hm\u{a0}>&2");
-        let error = start(&program, "h").err().unwrap().to_string();
+        let error = start(&program, "h", PATIENCE).err().unwrap().to_string();
         assert!(error.contains("why") && error.contains("hm"), "{error}");
         let program = Program::new("x", "sh -c echo\u{a0}h;sleep\u{a0}9");
-        assert!(start(&program, "h").unwrap().rss_kib > 0);
+        assert!(start(&program, "h", PATIENCE).unwrap().rss_kib > 0);
     }
 }
