@@ -42,15 +42,8 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
     husk_console::install_fatal_signal_handlers().map_err(|e| trouble(&e))?;
     husk_vmm::install_kick_handler().map_err(|e| trouble(&e))?;
     let (sender, events) = channel();
-    listen_for_signals(sender.clone())?;
-
-    let terminal = Terminal::open().map(Arc::new);
-    let keys = sender.clone();
-    let input = Input::start(std::io::stdin(), terminal.clone(), move |key| {
-        send(&keys, Event::Key(key))
-    })
-    .map_err(|e| trouble(&e))?;
-    let output = Arc::new(Output::start(std::io::stdout()).map_err(|e| trouble(&e))?);
+    let input = Input::new().map_err(|e| trouble(&e))?;
+    let output = Arc::new(Output::new(std::io::stdout()).map_err(|e| trouble(&e))?);
     let timeline = Arc::new(Timeline::new(start));
     let wake = sender.clone();
     let host = Host {
@@ -63,6 +56,24 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
         timeline: Arc::clone(&timeline),
         wake: Arc::new(move || send(&wake, Event::Vm)),
     };
+    let keys = sender.clone();
+    let stops = sender.clone();
+    // Only once the guest runs: until then a signal, or Ctrl-C, just ends the process. And it saves the guest time.
+    let listen = move || {
+        let stopping = [SIGINT, SIGTERM, SIGHUP, SIGQUIT];
+        let mut signals = Signals::new(stopping).map_err(|e| trouble(&e))?;
+        let terminal = Terminal::open().map(Arc::new);
+        start_thread("signals", move || {
+            signals
+                .forever()
+                .for_each(|signal| send(&stops, Event::Signal(signal)));
+        })?;
+        let pressed = move |key| send(&keys, Event::Key(key));
+        input
+            .start(std::io::stdin(), terminal, pressed)
+            .map_err(|e| trouble(&e))?;
+        Ok(input)
+    };
     let mut session = Session {
         vmm: Vmm::new(host),
         sender,
@@ -70,7 +81,7 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
         output,
         asked: false,
     };
-    let result = session.run(config);
+    let result = session.run(config, listen);
     // Before anything is printed: no line must land in a raw terminal.
     Terminal::emergency_restore();
     let end = result?;
@@ -104,11 +115,17 @@ struct Session {
 }
 
 impl Session {
-    fn run(&mut self, config: VmConfig) -> Result<End, Failure> {
+    /// `listen` starts to hear signals and keys; it is called when the guest runs, and its result is kept until the end.
+    fn run<T>(
+        &mut self,
+        config: VmConfig,
+        listen: impl FnOnce() -> Result<T, Failure>,
+    ) -> Result<End, Failure> {
         let restart = config.on_reboot == OnReboot::Restart;
         self.vmm.handle(VmmRequest::Configure(Box::new(config)))?;
+        self.vmm.handle(VmmRequest::Boot)?;
+        let _listening = listen()?;
         loop {
-            self.vmm.handle(VmmRequest::Boot)?;
             let forced = self.until_ended();
             if forced.is_some() {
                 self.output.abandon();
@@ -125,6 +142,7 @@ impl Session {
             };
             if outcome == Outcome::Reset && restart && !self.asked {
                 log::info!("the guest rebooted and starts again");
+                self.vmm.handle(VmmRequest::Boot)?;
                 continue;
             }
             let status = outcome.exit_status();
@@ -232,18 +250,13 @@ fn exit_status_of(signal: i32) -> u8 {
     u8::try_from(128 + signal).unwrap_or(128)
 }
 
-fn listen_for_signals(sender: Sender<Event>) -> Result<(), Failure> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT]).map_err(|e| trouble(&e))?;
+fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), Failure> {
     thread::Builder::new()
-        .name("signals".into())
+        .name(name.into())
         .stack_size(64 << 10)
-        .spawn(move || {
-            signals
-                .forever()
-                .for_each(|signal| send(&sender, Event::Signal(signal)))
-        })
-        .map_err(|e| trouble(&e))?;
-    Ok(())
+        .spawn(run)
+        .map(drop)
+        .map_err(|e| trouble(&e))
 }
 
 /// The configuration file, then the flags over it, then the default guest for what is still missing. The file keeps the

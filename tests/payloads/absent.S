@@ -41,31 +41,8 @@ next:   inc     %ebx
         jb      port
         print   "ports ok\n"
 
-        // Map the gigabytes of the list to themselves, in pages of 2 MiB.
-        lea     pdpt + 3(%rip), %rax
-        mov     %rax, pml4(%rip)
-        lea     pdpt(%rip), %rbx
-        lea     directories(%rip), %rdi
         lea     gigabytes(%rip), %rsi
-map:    movzbl  (%rsi), %ecx
-        inc     %rsi
-        cmp     $0xff, %ecx
-        je      mapped
-        lea     3(%rdi), %rax
-        mov     %rax, (%rbx,%rcx,8)
-        mov     %rcx, %rax
-        shl     $30, %rax
-        or      $0x83, %rax
-        mov     $512, %edx
-1:      mov     %rax, (%rdi)
-        add     $8, %rdi
-        add     $0x200000, %rax
-        dec     %edx
-        jnz     1b
-        jmp     map
-mapped: lea     pml4(%rip), %rax
-        mov     %rax, %cr3
-
+        call    map
         lea     holes(%rip), %r12
 hole:   mov     (%r12), %rbx
         add     $8, %r12
@@ -119,10 +96,4 @@ gigabytes:
 holes:  .quad   0x20000000, 0x20000001, 0xbffffff8, 0xc0000000, 0xc0000004, 0xcffffffd, 0xd0000800
         .quad   0xfeb00000, 0xff000000, 0xfffffff0, 0xfffffff8, 0x100000000, 0x100001000, 0x13ffffff0
         .quad   0xfc0000000, 0xfffffff00, 0
-        .bss
-        .balign 4096
-pml4:   .space  4096
-pdpt:   .space  4096
-directories:
-        .space  6 * 4096
         routines

@@ -53,6 +53,8 @@ _start: lea     stack_top(%rip), %rsp
 .endm
 
 .macro routines
+        .text
+        .code64
 // The byte in AL, after the guest has looked for it 16 times or more: then Husk takes it for a guest that polls.
 getc:   mov     $LSR, %edx
 1:      in      (%dx), %al
@@ -80,8 +82,38 @@ puthex: mov     %rax, %rdi
         out     %al, (%dx)
         ret
 
+// Map the gigabytes of the list of bytes at RSI, which 0xff ends, to themselves (six at most, below 512), and nothing
+// else. Changes RAX, RBX, RCX, RDX, RSI, RDI.
+map:    lea     pdpt + 3(%rip), %rax
+        mov     %rax, pml4(%rip)
+        lea     pdpt(%rip), %rbx
+        lea     directories(%rip), %rdi
+1:      movzbl  (%rsi), %ecx
+        inc     %rsi
+        cmp     $0xff, %ecx
+        je      3f
+        lea     3(%rdi), %rax
+        mov     %rax, (%rbx,%rcx,8)
+        mov     %rcx, %rax
+        shl     $30, %rax
+        or      $0x83, %rax             // pages of 2 MiB
+        mov     $512, %edx
+2:      mov     %rax, (%rdi)
+        add     $8, %rdi
+        add     $0x200000, %rax
+        dec     %edx
+        jnz     2b
+        jmp     1b
+3:      lea     pml4(%rip), %rax
+        mov     %rax, %cr3
+        ret
+
         .bss
-        .balign 16
+        .balign 4096
+pml4:   .space  4096
+pdpt:   .space  4096
+directories:
+        .space  6 * 4096
         .space  4096
 stack_top:
 .endm

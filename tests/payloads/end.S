@@ -37,16 +37,16 @@
 #elif defined(SPIN)
 1:      jmp     1b
 #elif defined(JUMP_INTO_HOLE)
-        // Nothing is mapped there: with page tables of its own it would be device memory, without it is a fault.
+        lea     gigabytes(%rip), %rsi
+        call    map
         mov     $0xd0000000, %eax
-        call    map_hole
         jmp     *%rax
 #elif defined(EMULATION)
-        // A vector store to device memory: no KVM emulates this one (it knows no AVX-512, nor x87's environment).
+        // No KVM emulates a store of the x87 state to device memory.
+        lea     gigabytes(%rip), %rsi
+        call    map
         mov     $0xd0000000, %eax
-        call    map_hole
         fnstenv (%rax)
-        fnsave  (%rax)
 #elif defined(PAGE_TABLES_ZEROED) || defined(PAGE_TABLES_ONES) || defined(PAGE_TABLES_GARBAGE)
         mov     %cr3, %rdi
         and     $~0xfff, %rdi
@@ -123,27 +123,9 @@ fault:  sub     $4096, %rsp
 7:      hlt
         jmp     7b
 
-        // Map the gigabyte from 0xc0000000 to itself, beside what is mapped.
-map_hole:
-        mov     %cr3, %rbx
-        mov     4096 + 3 * 8(%rbx), %rcx
-        lea     directory(%rip), %rdi
-        lea     3(%rdi), %rcx
-        mov     (%rbx), %rbx
-        and     $~0xfff, %rbx
-        mov     %rcx, 3 * 8(%rbx)
-        mov     $0xc0000083, %ecx
-        mov     $512, %edx
-1:      mov     %rcx, (%rdi)
-        add     $8, %rdi
-        add     $0x200000, %rcx
-        dec     %edx
-        jnz     1b
-        mov     %cr3, %rbx
-        mov     %rbx, %cr3
-        ret
-
         .data
+gigabytes:
+        .byte   0, 3, 0xff
 nothing:
         .word   0
         .quad   0
@@ -153,6 +135,4 @@ garbage:
         .bss
         .balign 4096
 idt:    .space  4096
-directory:
-        .space  4096
         routines

@@ -2,6 +2,8 @@
 #include "common.h"
 
         begin
+        lea     gigabytes(%rip), %rsi           // the initrd may be anywhere below 4 GiB
+        call    map
         cmpl    $0x53726448, 0x202(%rbp)        // "HdrS"
         jne     wrong
         cmpw    $0xaa55, 0x1fe(%rbp)
@@ -87,4 +89,7 @@
 
 wrong:  print   "wrong\n"
         power_off
+        .section .rodata
+gigabytes:
+        .byte   0, 1, 2, 3, 0xff
         routines

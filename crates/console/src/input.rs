@@ -33,14 +33,8 @@ struct Shared {
 }
 
 impl Input {
-    /// Read `source`. With `terminal` (then `source` is standard input) it is read only in the terminal's
-    /// foreground, and escape sequences are taken out and reported to `on_event`, on the new thread; without
-    /// it every byte goes to the guest.
-    pub fn start(
-        source: impl AsFd + Send + 'static,
-        terminal: Option<Arc<Terminal>>,
-        on_event: impl Fn(ConsoleEvent) + Send + 'static,
-    ) -> Result<Self, Error> {
+    /// A line on which nothing is sent yet.
+    pub fn new() -> Result<Self, Error> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| Error::EventFd(error.into()))?;
         let shared = Arc::new(Shared {
@@ -49,24 +43,37 @@ impl Input {
         });
         let waker = Arc::clone(&shared);
         let wire = Arc::new(Wire::new(move || waker.wake()));
+        Ok(Self { wire, shared })
+    }
+
+    /// Start the thread "console-in", which reads `source`. Call it once; a guest need not be there yet, nor wait for it.
+    ///
+    /// With `terminal` (then `source` is standard input) it is read only in the terminal's foreground, and escape
+    /// sequences are taken out and reported to `on_event`, on the new thread; without it every byte goes to the guest.
+    pub fn start(
+        &self,
+        source: impl AsFd + Send + 'static,
+        terminal: Option<Arc<Terminal>>,
+        on_event: impl Fn(ConsoleEvent) + Send + 'static,
+    ) -> Result<(), Error> {
         let reader = Reader {
             source,
             filter: terminal.is_some().then(Filter::default),
             terminal,
             on_event,
-            wire: Arc::clone(&wire),
-            shared: Arc::clone(&shared),
+            wire: Arc::clone(&self.wire),
+            shared: Arc::clone(&self.shared),
             bytes: Vec::new(),
         };
         std::thread::Builder::new()
             .name("console-in".into())
             .stack_size(STACK)
             .spawn(move || reader.run())
+            .map(drop)
             .map_err(|source| Error::Thread {
                 name: "console-in",
                 source,
-            })?;
-        Ok(Self { wire, shared })
+            })
     }
 
     /// The line to connect a UART to.
@@ -225,7 +232,10 @@ mod tests {
     }
 
     fn start(source: impl AsFd + Send + 'static) -> Input {
-        Input::start(source, None, |event| panic!("{event:?} from a pipe")).unwrap()
+        let input = Input::new().unwrap();
+        let unexpected = |event| panic!("{event:?} from a pipe");
+        input.start(source, None, unexpected).unwrap();
+        input
     }
 
     /// A guest that polls and resets the FIFO now and then reads `len` bytes.

@@ -43,6 +43,9 @@ pub enum Error {
     /// No event fd.
     #[error("cannot create an event fd for the console: raise the limit on open files (ulimit -n)")]
     EventFd(#[source] std::io::Error),
+    /// Standard output could not be duplicated.
+    #[error("cannot duplicate standard output: raise the limit on open files (ulimit -n)")]
+    Duplicate(#[source] std::io::Error),
     /// A signal handler could not be set.
     #[error(
         "cannot set a handler for signal {signal}: a sandbox around husk must allow rt_sigaction"

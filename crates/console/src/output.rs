@@ -2,8 +2,10 @@
 
 use crate::Error;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 use rustix::io::Errno;
-use std::os::fd::AsFd;
+use rustix::termios::isatty;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,14 +18,19 @@ const STACK: usize = 128 * 1024;
 
 /// The guest's output on its way to a file descriptor, in order and complete.
 ///
+/// To a pipe or a terminal that has room it goes at once, without waking a thread: through a description of its own
+/// that is non-blocking, because that of standard output is shared with other processes and must stay as it is. All else
+/// goes through a buffer and the thread "console-out", which starts when it is first needed and may block.
+///
 /// When the descriptor fails for good (a closed pipe, a full disk) there is one warning in the log, and what
 /// follows is discarded: the VM goes on.
 pub struct Output {
     shared: Arc<Shared>,
 }
 
-#[derive(Default)]
 struct Shared {
+    target: OwnedFd,
+    direct: Option<OwnedFd>,
     buffer: Mutex<Buffer>,
     filled: Condvar,  // the thread waits: there are bytes, or the end
     drained: Condvar, // writers and `close` wait
@@ -32,6 +39,7 @@ struct Shared {
 #[derive(Default)]
 struct Buffer {
     bytes: Vec<u8>,
+    started: bool,  // there is a thread
     asleep: bool,   // the thread needs a wake-up
     waiters: usize, // on `drained`
     closing: bool,  // the thread ends when it has written everything
@@ -40,19 +48,19 @@ struct Buffer {
 }
 
 impl Output {
-    /// Start the thread "console-out", which writes to `target`.
-    pub fn start(target: impl AsFd + Send + 'static) -> Result<Self, Error> {
-        let shared = Arc::new(Shared::default());
-        let thread = Arc::clone(&shared);
-        std::thread::Builder::new()
-            .name("console-out".into())
-            .stack_size(STACK)
-            .spawn(move || drain(&thread, &target))
-            .map_err(|source| Error::Thread {
-                name: "console-out",
-                source,
-            })?;
-        Ok(Self { shared })
+    /// Write to `target`, which is duplicated.
+    pub fn new(target: impl AsFd) -> Result<Self, Error> {
+        let duplicate = target.as_fd().try_clone_to_owned();
+        let shared = Shared {
+            direct: own_description(target.as_fd()),
+            target: duplicate.map_err(Error::Duplicate)?,
+            buffer: Mutex::default(),
+            filled: Condvar::new(),
+            drained: Condvar::new(),
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+        })
     }
 
     /// Wait until everything is written (or [`Output::abandon`] is called), and end the thread. What is
@@ -60,6 +68,7 @@ impl Output {
     pub fn close(&self) {
         let mut buffer = self.shared.lock();
         buffer.closing = true;
+        buffer.done |= !buffer.started;
         self.shared.filled.notify_one();
         while !(buffer.done || buffer.discard && buffer.bytes.is_empty()) {
             buffer = self.shared.wait_drained(buffer);
@@ -75,6 +84,24 @@ impl Output {
         self.shared.filled.notify_one();
         self.shared.drained.notify_all();
     }
+
+    /// Start the thread. When there can be none, output is discarded.
+    fn start(&self, buffer: &mut Buffer) {
+        let shared = Arc::clone(&self.shared);
+        let thread = std::thread::Builder::new()
+            .name("console-out".into())
+            .stack_size(STACK)
+            .spawn(move || drain(&shared));
+        match thread {
+            Ok(_) => buffer.started = true,
+            Err(error) => {
+                buffer.discard();
+                log::error!(
+                    "no thread for the guest's console output, it is discarded from now on: {error}"
+                );
+            }
+        }
+    }
 }
 
 impl Drop for Output {
@@ -88,6 +115,9 @@ impl Drop for Output {
 impl husk_devices::serial::Output for Output {
     fn write(&self, mut bytes: &[u8]) {
         let mut buffer = self.shared.lock();
+        if buffer.is_idle() {
+            bytes = self.shared.write_directly(bytes);
+        }
         while !bytes.is_empty() && !buffer.discard && !buffer.done {
             let room = CAPACITY.saturating_sub(buffer.bytes.len());
             if room == 0 {
@@ -98,7 +128,9 @@ impl husk_devices::serial::Output for Output {
             let (now, later) = bytes.split_at(room.min(bytes.len()));
             buffer.bytes.extend_from_slice(now);
             bytes = later;
-            if buffer.asleep {
+            if !buffer.started {
+                self.start(&mut buffer);
+            } else if buffer.asleep {
                 buffer.asleep = false;
                 self.shared.filled.notify_one();
             }
@@ -106,7 +138,26 @@ impl husk_devices::serial::Output for Output {
     }
 }
 
+/// A non-blocking description of the pipe or terminal behind `target`. None for anything else, and where the host does
+/// not let it be opened anew.
+fn own_description(target: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let stat = fstat(target).ok()?;
+    let fifo = FileType::from_raw_mode(stat.st_mode) == FileType::Fifo;
+    if !fifo && !isatty(target) {
+        return None;
+    }
+    let path = format!("/proc/self/fd/{}", target.as_raw_fd());
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    open(path, flags, Mode::empty()).ok()
+}
+
 impl Buffer {
+    /// Nothing waits to be written before what comes now.
+    fn is_idle(&self) -> bool {
+        let thread_idle = !self.started || self.asleep;
+        thread_idle && self.bytes.is_empty() && !self.discard && !self.done
+    }
+
     fn discard(&mut self) {
         self.discard = true;
         self.bytes = Vec::new();
@@ -116,6 +167,21 @@ impl Buffer {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Buffer> {
         self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Write what there is room for. Returns the rest; an error is left to the thread to find.
+    fn write_directly<'a>(&self, mut bytes: &'a [u8]) -> &'a [u8] {
+        let Some(direct) = &self.direct else {
+            return bytes;
+        };
+        while !bytes.is_empty() {
+            match rustix::io::write(direct, bytes) {
+                Ok(written @ 1..) => bytes = bytes.get(written..).unwrap_or_default(),
+                Err(Errno::INTR) => {}
+                Ok(0) | Err(_) => break,
+            }
+        }
+        bytes
     }
 
     fn wait_drained<'a>(&'a self, mut buffer: MutexGuard<'a, Buffer>) -> MutexGuard<'a, Buffer> {
@@ -157,10 +223,10 @@ impl Shared {
     }
 }
 
-fn drain(shared: &Shared, target: &impl AsFd) {
+fn drain(shared: &Shared) {
     let (mut chunk, mut wrote) = (Vec::new(), false);
     while let Some(full) = shared.next(chunk, wrote) {
-        if let Err(error) = write_all(target, &full) {
+        if let Err(error) = write_all(&shared.target, &full) {
             let mut buffer = shared.lock();
             if !buffer.discard {
                 buffer.discard();
@@ -228,7 +294,7 @@ mod tests {
             }
             received
         });
-        let output = Output::start(writer).unwrap();
+        let output = Output::new(writer).unwrap();
         let (single, strings) = sent.split_at(2_000_000);
         single.iter().for_each(|&byte| output.write(&[byte]));
         strings
@@ -252,7 +318,7 @@ mod tests {
     #[test]
     fn a_byte_after_a_silence_arrives_by_itself() {
         let (reader, writer) = pipe().unwrap();
-        let output = Output::start(writer).unwrap();
+        let output = Output::new(writer).unwrap();
         let mut byte = [0];
         for sent in 0..20 {
             output.write(&[sent]);
@@ -271,7 +337,7 @@ mod tests {
         let full = File::options().write(true).open("/dev/full").unwrap();
         let read_only = File::open("/dev/null").unwrap();
         for target in [writer, full.into(), read_only.into()] {
-            let output = Output::start(target).unwrap();
+            let output = Output::new(target).unwrap();
             for _ in 0..10 {
                 output.write(&pattern(CAPACITY));
             }
@@ -282,7 +348,7 @@ mod tests {
     #[test]
     fn abandoning_releases_whoever_a_stuck_host_blocks() {
         let (_reader, writer) = pipe().unwrap();
-        let output = Arc::new(Output::start(writer).unwrap());
+        let output = Arc::new(Output::new(writer).unwrap());
         let (tell, told) = mpsc::channel();
         let vcpu = {
             let (output, tell) = (Arc::clone(&output), tell.clone());

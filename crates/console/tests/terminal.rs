@@ -69,11 +69,13 @@ fn play(role: &str) {
     husk_console::install_fatal_signal_handlers().unwrap();
     let terminal = Terminal::open().map(Arc::new);
     let (tell, told) = mpsc::channel();
-    let output = Arc::new(Output::start(std::io::stdout()).unwrap());
-    let input = Input::start(std::io::stdin(), terminal.clone(), move |event| {
-        tell.send(event).unwrap();
-    })
-    .unwrap();
+    let output = Arc::new(Output::new(std::io::stdout()).unwrap());
+    let input = Input::new().unwrap();
+    input
+        .start(std::io::stdin(), terminal.clone(), move |event| {
+            tell.send(event).unwrap();
+        })
+        .unwrap();
     output.write(format!("pid {}\n", std::process::id()).as_bytes());
     match role {
         "role-panic" => std::thread::spawn(|| panic!("first\nsecond"))

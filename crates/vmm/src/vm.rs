@@ -214,9 +214,11 @@ fn create_machine(
     let vm = kvm.create_vm()?;
     timeline.reach(Phase::VmCreated);
     let processors = thread::scope(|scope| {
-        let slots = scope.spawn(|| register_memory(&vm, memory, timeline));
-        let processors = set_up_processors(&kvm, &vm, cpus, timeline);
-        joined(slots)?;
+        // The longer of the two begins at once, the other when its thread runs.
+        let processors = scope.spawn(|| set_up_processors(&kvm, &vm, cpus, timeline));
+        let slots = register_memory(&vm, memory, timeline);
+        let processors = joined(processors);
+        slots?;
         processors
     })?;
     Ok((vm, processors))
