@@ -84,11 +84,23 @@ pub struct RunArgs {
     pub boot_protocol: Option<Protocol>,
 
     /// Processors, 1 to 64 [default: 1]
-    #[arg(long, short, value_name = "N", help_heading = "The machine")]
+    #[arg(
+        long,
+        short,
+        value_name = "N",
+        allow_negative_numbers = true,
+        help_heading = "The machine"
+    )]
     pub cpus: Option<u32>,
 
     /// Memory, 32M or more: 512M, 2G, … (a bare number is MiB) [default: 256M]
-    #[arg(long, short, value_name = "SIZE", help_heading = "The machine")]
+    #[arg(
+        long,
+        short,
+        value_name = "SIZE",
+        allow_negative_numbers = true,
+        help_heading = "The machine"
+    )]
     pub memory: Option<String>,
 
     /// What a reboot by the guest does [default: exit]
@@ -106,6 +118,12 @@ pub struct RunArgs {
     /// At the end, print on stderr why and how often the guest left for the monitor
     #[arg(long, help_heading = "Logging")]
     pub exits: bool,
+}
+
+/// The range is the configuration's to check; a file may hold the number as well.
+fn cpus(text: &str) -> Result<u32, String> {
+    text.parse()
+        .map_err(|_| format!("give a number from 1 to {}", husk_config::MAX_VCPUS))
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

@@ -1,5 +1,6 @@
 //! Log messages to stderr or a file. Never to stdout, which is the guest's console.
 
+use husk_console::Terminal;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -38,7 +39,9 @@ impl log::Log for Logger {
         // nowhere to say so.
         match &self.file {
             None => {
-                let line = format!("husk: {level}: {}\n", record.args());
+                // A raw terminal takes a newline at its word.
+                let end = if Terminal::is_raw() { "\r\n" } else { "\n" };
+                let line = format!("husk: {level}: {}{end}", record.args());
                 let _ = std::io::stderr().write_all(line.as_bytes());
             }
             Some(file) => {

@@ -6,6 +6,7 @@ mod guest;
 mod logging;
 mod run;
 
+use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Command};
 use std::io::Write;
@@ -48,7 +49,10 @@ impl From<husk_vmm::Error> for Failure {
 fn main() -> ExitCode {
     let start = Instant::now();
     husk_console::install_panic_hook();
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
     if let Err(message) = logging::start(cli.log_level.into(), cli.log_file.as_deref()) {
         return report(Failure::usage(message));
     }
@@ -72,6 +76,31 @@ fn main() -> ExitCode {
         Ok(status) => ExitCode::from(status),
         Err(failure) => report(failure),
     }
+}
+
+/// Help and version go to stdout as they are; what is wrong with a flag is one line.
+fn usage(error: &clap::Error) -> ExitCode {
+    let text = error.to_string();
+    if !error.use_stderr() {
+        return match print(text.as_bytes()) {
+            Ok(status) => ExitCode::from(status),
+            Err(failure) => report(failure),
+        };
+    }
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        let _ = std::io::stderr().write_all(text.as_bytes());
+        return ExitCode::from(2);
+    }
+    let said = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
+        .collect::<Vec<_>>()
+        .join("; ")
+        .replace(":; ", ": ");
+    let said = said.trim_start_matches("error: ");
+    report(Failure::usage(format!("{said}; see `husk --help`")))
 }
 
 fn doctor(json: bool) -> Result<u8, Failure> {

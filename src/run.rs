@@ -9,6 +9,7 @@ use husk_vmm::{Console, ExitCounts, Host, Outcome, Timeline, Vmm};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -60,7 +61,8 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
     let stops = sender.clone();
     // Only once the guest runs: until then a signal, or Ctrl-C, just ends the process. And it saves the guest time.
     let listen = move || {
-        let stopping = [SIGINT, SIGTERM, SIGHUP, SIGQUIT];
+        let mut stopping = vec![SIGINT, SIGTERM, SIGHUP, SIGQUIT];
+        stopping.retain(|signal| !husk_console::is_ignored(*signal));
         let mut signals = Signals::new(stopping).map_err(|e| trouble(&e))?;
         let terminal = Terminal::open().map(Arc::new);
         start_thread("signals", move || {
@@ -305,32 +307,42 @@ fn default_guest(config: &mut VmConfig, cache: &Cache) -> Result<Option<File>, F
     source.kernel_image_path = guest::default_kernel().map_err(Failure::usage)?;
     let kernel = source.kernel_image_path.display().to_string();
     if let Some(initrd) = &source.initrd_path {
-        eprintln!("husk: kernel {kernel}, initrd {}", initrd.display());
+        say(&format!(
+            "husk: kernel {kernel}, initrd {}\n",
+            initrd.display()
+        ));
         return Ok(None);
     }
     let (file, busybox) =
         guest::default_initrd(&source.kernel_image_path, cache).map_err(Failure::usage)?;
     source.initrd_path = Some(format!("/proc/self/fd/{}", file.as_raw_fd()).into());
-    eprintln!(
-        "husk: kernel {kernel}, a small initramfs with the shell of {}",
-        busybox.display()
-    );
+    let busybox = busybox.display();
+    say(&format!(
+        "husk: kernel {kernel}, a small initramfs with the shell of {busybox}\n"
+    ));
     Ok(Some(file))
 }
 
+/// On stderr, in one piece. When nobody reads it, the VM's end is not to blame.
+fn say(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
 fn print_timeline(timeline: &Timeline) {
-    eprintln!("husk: timeline, in ms since the start of the process");
+    let mut text = String::from("husk: timeline, in ms since the start of the process\n");
     for (phase, at) in timeline.reached() {
-        eprintln!("{:>10.3}  {phase}", at.as_secs_f64() * 1e3);
+        text += &format!("{:>10.3}  {phase}\n", at.as_secs_f64() * 1e3);
     }
+    say(&text);
 }
 
 fn print_exits(exits: &ExitCounts) {
     let total: u64 = exits.values().sum();
-    eprintln!("husk: {total} exits from the guest to the monitor");
+    let mut text = format!("husk: {total} exits from the guest to the monitor\n");
     let mut exits: Vec<_> = exits.iter().collect();
     exits.sort_by_key(|&(_, count)| std::cmp::Reverse(*count));
     for ((reason, address), count) in exits {
-        eprintln!("{count:>10}  {reason} {address:#x}");
+        text += &format!("{count:>10}  {reason} {address:#x}\n");
     }
+    say(&text);
 }

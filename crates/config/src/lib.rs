@@ -13,7 +13,8 @@ mod size;
 pub use error::Error;
 pub use size::parse_mib;
 
-use serde::{Deserialize, Serialize};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize};
 use std::path::{Path, PathBuf};
 
 /// Most vCPUs that a VM may have.
@@ -41,10 +42,10 @@ pub const DEFAULT_BOOT_ARGS: &str = "console=ttyS0 reboot=panic_warm panic=-1 pc
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VmConfig {
     /// What is booted.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object")]
     pub boot_source: BootSource,
     /// Processors and memory.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object")]
     pub machine_config: MachineConfig,
     /// What a reboot by the guest does.
     #[serde(default)]
@@ -134,10 +135,20 @@ impl VmConfig {
         if text.len() as u64 > MAX_FILE {
             return Err(Error::FileTooLarge { path: path.into() });
         }
-        serde_json::from_str(&text).map_err(|source| Error::Json {
+        Self::from_json(&text).map_err(|source| Error::Json {
             path: path.into(),
             source,
         })
+    }
+
+    /// Parse JSON. Only an object is a configuration: serde alone would take a list for one, by the order of fields.
+    pub fn from_json(text: &str) -> Result<Self, serde_json::Error> {
+        match serde_json::from_str(text) {
+            Ok(_) if !text.trim_start().starts_with('{') => {
+                Err(serde::de::Error::custom("it is not a JSON object {…}"))
+            }
+            parsed => parsed,
+        }
     }
 
     /// Check every value that can be judged without looking at the host.
@@ -162,6 +173,12 @@ impl VmConfig {
         }
         Ok(())
     }
+}
+
+/// For a field that is a structure: refuse a list, which serde would take for one.
+fn object<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> Result<T, D::Error> {
+    let fields = serde_json::Map::deserialize(deserializer)?;
+    T::deserialize(serde_json::Value::Object(fields)).map_err(serde::de::Error::custom)
 }
 
 /// What may be asked of the monitor. One state machine in `husk-vmm` answers all of them.
@@ -204,6 +221,20 @@ mod tests {
         let error =
             serde_json::from_str::<VmConfig>(r#"{"machine-config":{"vcpus":2}}"#).unwrap_err();
         assert!(error.to_string().contains("vcpus"), "{error}");
+    }
+
+    #[test]
+    fn a_list_is_no_configuration() {
+        for text in [
+            "[]",
+            r#"{"machine-config":[2,64]}"#,
+            r#"[{"kernel_image_path":"k"}]"#,
+            "3",
+            "",
+        ] {
+            assert!(VmConfig::from_json(text).is_err(), "{text}");
+        }
+        assert!(VmConfig::from_json(" {}").is_ok());
     }
 
     #[test]

@@ -9,9 +9,9 @@ use std::backtrace::{Backtrace, BacktraceStatus};
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
 
-/// Signals whose default action kills, and the line that says so. SIGINT, SIGTERM and SIGHUP are the
-/// monitor's to handle; SIGHUP and the others here only as long as it does not.
-const FATAL: [(c_int, &str); 11] = [
+/// Signals whose default action kills, and the line that says so. SIGINT, SIGTERM, SIGHUP and SIGQUIT are the monitor's
+/// to handle, and must not be here: a handler that calls the one before it would call itself for ever.
+const FATAL: [(c_int, &str); 9] = [
     (
         libc::SIGSEGV,
         "husk: internal error: SIGSEGV (bad memory access); please report it\n",
@@ -40,8 +40,6 @@ const FATAL: [(c_int, &str); 11] = [
         libc::SIGXCPU,
         "husk: SIGXCPU: the limit on CPU time is reached (ulimit -t)\n",
     ),
-    (libc::SIGHUP, ""),
-    (libc::SIGQUIT, ""),
     (libc::SIGALRM, ""),
     (libc::SIGTRAP, ""),
 ];
@@ -98,6 +96,11 @@ pub fn install_fatal_signal_handlers() -> Result<(), Error> {
         )?;
     }
     Ok(())
+}
+
+/// Whether `signal` was set to be ignored, by nohup for example, and should stay so.
+pub fn is_ignored(signal: c_int) -> bool {
+    disposition(signal).is_ok_and(|disposition| disposition == libc::SIG_IGN)
 }
 
 fn disposition(signal: c_int) -> Result<usize, Error> {
