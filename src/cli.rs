@@ -88,7 +88,7 @@ pub struct RunArgs {
         long,
         short,
         value_name = "N",
-        allow_negative_numbers = true,
+        allow_negative_numbers = true, value_parser = cpus,
         help_heading = "The machine"
     )]
     pub cpus: Option<u32>,

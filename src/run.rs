@@ -293,34 +293,30 @@ fn configuration(arguments: &RunArgs, cache: &Cache) -> Result<(VmConfig, Option
     if let Some(on_reboot) = arguments.on_reboot {
         config.on_reboot = on_reboot.into();
     }
-    let initrd = default_guest(&mut config, cache)?;
+    let (initrd, taken) = default_guest(&mut config, cache)?;
     config.validate().map_err(|e| usage(&e))?;
+    say(&taken);
     Ok((config, initrd))
 }
 
-/// Fill in what to boot when the user named nothing, and say what it is.
-fn default_guest(config: &mut VmConfig, cache: &Cache) -> Result<Option<File>, Failure> {
+/// Fill in what to boot when the user named nothing; the text says what it is.
+fn default_guest(config: &mut VmConfig, cache: &Cache) -> Result<(Option<File>, String), Failure> {
     let source = &mut config.boot_source;
     if !source.kernel_image_path.as_os_str().is_empty() {
-        return Ok(None);
+        return Ok((None, String::new()));
     }
     source.kernel_image_path = guest::default_kernel().map_err(Failure::usage)?;
     let kernel = source.kernel_image_path.display().to_string();
     if let Some(initrd) = &source.initrd_path {
-        say(&format!(
-            "husk: kernel {kernel}, initrd {}\n",
-            initrd.display()
-        ));
-        return Ok(None);
+        let taken = format!("husk: kernel {kernel}, initrd {}\n", initrd.display());
+        return Ok((None, taken));
     }
     let (file, busybox) =
         guest::default_initrd(&source.kernel_image_path, cache).map_err(Failure::usage)?;
     source.initrd_path = Some(format!("/proc/self/fd/{}", file.as_raw_fd()).into());
     let busybox = busybox.display();
-    say(&format!(
-        "husk: kernel {kernel}, a small initramfs with the shell of {busybox}\n"
-    ));
-    Ok(Some(file))
+    let taken = format!("husk: kernel {kernel}, a small initramfs with the shell of {busybox}\n");
+    Ok((Some(file), taken))
 }
 
 /// On stderr, in one piece. When nobody reads it, the VM's end is not to blame.
