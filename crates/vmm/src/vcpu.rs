@@ -6,7 +6,7 @@ use husk_bus::Bus;
 use husk_devices::{GuestEvent, GuestEvents};
 use husk_kvm::{Exit, Vcpu};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Barrier, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -41,31 +41,20 @@ const STACK_SIZE: usize = 256 << 10;
 pub struct VcpuThread(JoinHandle<()>);
 
 impl VcpuThread {
-    /// Start a thread that runs `vcpu` once all `start` threads are there. `set_up` runs on it first.
-    pub fn start(
-        index: u32,
-        mut vcpu: Vcpu,
-        shared: Arc<Shared>,
-        start: Arc<Barrier>,
-        set_up: impl FnOnce(&Vcpu) -> Result<(), crate::Error> + Send + 'static,
-    ) -> std::io::Result<Self> {
+    /// Start the thread of vCPU `index`.
+    pub fn start(index: u32, body: impl FnOnce() + Send + 'static) -> std::io::Result<Self> {
         std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(STACK_SIZE)
-            .spawn(move || {
-                let ready = set_up(&vcpu);
-                start.wait();
-                if let Err(e) = ready {
-                    let why = format!("vCPU {index} cannot be set up: {}", crate::error::chain(&e));
-                    shared.lifecycle.end(Outcome::Kvm(why));
-                    return;
-                }
-                if index == 0 {
-                    shared.timeline.reach(Phase::GuestEntered);
-                }
-                run(index, &mut vcpu, &shared);
-            })
+            .spawn(body)
             .map(Self)
+    }
+
+    /// Wait for a thread that is about to end by itself.
+    pub fn join(self) {
+        if self.0.join().is_err() {
+            log::error!("a vCPU thread panicked");
+        }
     }
 
     /// Make the thread leave the guest and end. The VM's lifecycle must have ended before.
@@ -78,9 +67,7 @@ impl VcpuThread {
             }
             std::thread::sleep(Duration::from_micros(100));
         }
-        if self.0.join().is_err() {
-            log::error!("a vCPU thread panicked");
-        }
+        self.join();
     }
 }
 
@@ -88,6 +75,20 @@ impl VcpuThread {
 pub fn install_kick_handler() -> Result<(), vmm_sys_util::errno::Error> {
     extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     register_signal_handler(SIGRTMIN(), kicked)
+}
+
+/// Run `vcpu` on this thread until the VM ends, if it is `ready`.
+pub fn enter(index: u32, vcpu: &mut Vcpu, shared: &Shared, ready: Result<(), crate::Error>) {
+    if let Err(e) = ready {
+        let why = crate::error::chain(&e);
+        let why = format!("vCPU {index} cannot be set up: {why}");
+        shared.lifecycle.end(Outcome::Kvm(why));
+        return;
+    }
+    if index == 0 {
+        shared.timeline.reach(Phase::GuestEntered);
+    }
+    run(index, vcpu, shared);
 }
 
 fn run(index: u32, vcpu: &mut Vcpu, shared: &Shared) {

@@ -5,7 +5,7 @@ use crate::lifecycle::{Lifecycle, Outcome, Wake};
 use crate::load::load;
 use crate::memory::GuestMemory;
 use crate::timeline::{Phase, Timeline};
-use crate::vcpu::{ExitCounts, Shared, VcpuThread};
+use crate::vcpu::{self, ExitCounts, Shared, VcpuThread};
 use husk_arch::acpi::{self, AcpiConfig};
 use husk_arch::boot::BootState;
 use husk_arch::cpuid::{self, CpuTopology, CpuidConfig, Template};
@@ -18,7 +18,8 @@ use husk_devices::pvpanic::PvPanic;
 use husk_devices::serial::{Output, Serial, Wire};
 use husk_kvm::{Kvm, Vcpu};
 use husk_loader::Cache;
-use std::sync::{Arc, Barrier, Mutex, PoisonError};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
@@ -51,7 +52,7 @@ pub struct Vm {
     shared: Arc<Shared>,
     power: Arc<PowerPorts>,
     panic_is_warm: bool,
-    _kvm: husk_kvm::Vm,
+    _kvm: Arc<husk_kvm::Vm>,
     memory: GuestMemory,
 }
 
@@ -63,39 +64,23 @@ const PANIC_WARM: &str = "reboot=panic_warm";
 
 impl Vm {
     /// Build a VM and start its vCPUs.
+    ///
+    /// Several of KVM's calls sleep in grace periods, of milliseconds in all. They sleep at the same time: this thread
+    /// creates the VM and registers its memory, the thread of the boot vCPU creates the interrupt controllers and the
+    /// vCPUs, and a third one reads the kernel meanwhile.
     pub fn boot(config: &VmConfig, host: &Host) -> Result<Self, Error> {
         config.validate()?;
-        let cpus = config.machine_config.vcpu_count;
-        let memory_size = memory_size(config)?;
         // Before KVM's descriptors, so that it is dropped after them.
-        let memory = GuestMemory::new(memory_size)?;
-        // KVM's calls sleep in grace periods, of milliseconds in all; meanwhile another thread reads the kernel. KVM's
-        // are on this thread, so that they begin first where there is one processor only.
-        let (vm, vcpus, boot) = thread::scope(|scope| {
+        let memory = GuestMemory::new(memory_size(config)?)?;
+        let (machine, boot) = thread::scope(|scope| {
             let boot = scope.spawn(|| prepare_boot(config, &memory, host));
-            let machine = create_machine(cpus, &memory, &host.timeline);
-            let boot = joined(boot);
-            let (vm, vcpus) = machine?;
-            Ok::<_, Error>((vm, vcpus, boot?))
-        })?;
-
-        let (shared, power) = platform(&vm, host)?;
-        let mut built = Self {
-            threads: Vec::with_capacity(vcpus.1.len()),
-            shared,
-            power,
-            panic_is_warm: config.boot_source.command_line().contains(PANIC_WARM),
-            _kvm: vm,
-            memory,
-        };
-        match built.start(vcpus, boot) {
-            Ok(()) => Ok(built),
-            Err(e) => {
-                built.shared.lifecycle.end(Outcome::Stopped);
-                built.stop();
-                Err(Error::Host("a thread for each vCPU", e))
-            }
-        }
+            let machine = Machine::create(config, &memory, host);
+            // A panic has ended the process before this could be seen.
+            let failed = Err(Error::State("the loading thread failed"));
+            (machine, boot.join().unwrap_or(failed))
+        });
+        let (machine, boot) = (machine?, boot?);
+        machine.start(config, memory, boot)
     }
 
     /// How the VM ended; None while it runs.
@@ -149,30 +134,6 @@ impl Vm {
         let warm = self.memory.read_u16(RESET_FLAG) == Some(RESET_FLAG_WARM);
         self.has_panicked() || (self.panic_is_warm && warm)
     }
-
-    fn start(
-        &mut self,
-        (template, vcpus): (Template, Vec<Vcpu>),
-        boot: BootState,
-    ) -> std::io::Result<()> {
-        let barrier = Arc::new(Barrier::new(vcpus.len()));
-        let template = Arc::new(template);
-        let mut boot = Some(boot);
-        for (index, vcpu) in (0u32..).zip(vcpus) {
-            let (template, boot) = (Arc::clone(&template), boot.take());
-            let set_up =
-                move |vcpu: &Vcpu| set_up_vcpu(vcpu, &template.for_cpu(index)?, boot.as_ref());
-            let thread = VcpuThread::start(
-                index,
-                vcpu,
-                Arc::clone(&self.shared),
-                Arc::clone(&barrier),
-                set_up,
-            )?;
-            self.threads.push(thread);
-        }
-        Ok(())
-    }
 }
 
 /// Memory in bytes, checked against what this host can give.
@@ -199,46 +160,147 @@ fn memory_size(config: &VmConfig) -> Result<u64, Error> {
     }
 }
 
-/// Create the VM with its interrupt controllers, vCPUs and memory. Registering memory and creating the interrupt
-/// controllers sleep in a grace period each; they sleep at the same time.
-fn create_machine(
-    cpus: u32,
-    memory: &GuestMemory,
-    timeline: &Timeline,
-) -> Result<(husk_kvm::Vm, (Template, Vec<Vcpu>)), Error> {
-    let kvm = Kvm::open()?;
-    let most = kvm.max_vcpus();
-    if cpus as usize > most {
-        return Err(Error::TooManyVcpus { cpus, most });
+/// A VM whose vCPUs do not run yet.
+struct Machine {
+    first: BootProcessor,
+    /// All vCPUs but the boot vCPU, which is its thread's.
+    others: Vec<Vcpu>,
+    template: Template,
+    shared: Arc<Shared>,
+    power: Arc<PowerPorts>,
+    kvm: Arc<husk_kvm::Vm>,
+}
+
+impl Machine {
+    fn create(config: &VmConfig, memory: &GuestMemory, host: &Host) -> Result<Self, Error> {
+        let kvm = Kvm::open()?;
+        let (cpus, most) = (config.machine_config.vcpu_count, kvm.max_vcpus());
+        if cpus as usize > most {
+            return Err(Error::TooManyVcpus { cpus, most });
+        }
+        let vm = Arc::new(kvm.create_vm()?);
+        host.timeline.reach(Phase::VmCreated);
+        let (first, made) = BootProcessor::start(kvm, Arc::clone(&vm), cpus, &host.timeline)?;
+        register_memory(&vm, memory, &host.timeline)?;
+        let failed = Err(Error::State("the boot vCPU's thread failed"));
+        let (template, others) = made.recv().unwrap_or(failed)?;
+        let (shared, power) = platform(&vm, host)?;
+        Ok(Self {
+            first,
+            others,
+            template,
+            shared,
+            power,
+            kvm: vm,
+        })
     }
-    let vm = kvm.create_vm()?;
-    timeline.reach(Phase::VmCreated);
-    let processors = thread::scope(|scope| {
-        // The longer of the two begins at once, the other when its thread runs.
-        let processors = scope.spawn(|| set_up_processors(&kvm, &vm, cpus, timeline));
-        let slots = register_memory(&vm, memory, timeline);
-        let processors = joined(processors);
-        slots?;
-        processors
-    })?;
-    Ok((vm, processors))
+
+    /// Start the other vCPUs' threads, and then the boot vCPU, which wakes them.
+    fn start(self, config: &VmConfig, memory: GuestMemory, boot: BootState) -> Result<Vm, Error> {
+        let shared = self.shared;
+        let mut vm = Vm {
+            threads: Vec::with_capacity(self.others.len() + 1),
+            shared: Arc::clone(&shared),
+            power: self.power,
+            panic_is_warm: config.boot_source.command_line().contains(PANIC_WARM),
+            _kvm: self.kvm,
+            memory,
+        };
+        let template = Arc::new(self.template);
+        for (index, mut vcpu) in (1u32..).zip(self.others) {
+            let (template, shared) = (Arc::clone(&template), Arc::clone(&shared));
+            let body = move || {
+                let ready = set_up_vcpu(&vcpu, &template, index);
+                vcpu::enter(index, &mut vcpu, &shared, ready);
+            };
+            match VcpuThread::start(index, body) {
+                Ok(thread) => vm.threads.push(thread),
+                Err(e) => {
+                    vm.stop();
+                    return Err(no_thread(e));
+                }
+            }
+        }
+        vm.threads.extend(self.first.go(Go { shared, boot }));
+        Ok(vm)
+    }
 }
 
-fn joined<T>(thread: thread::ScopedJoinHandle<'_, Result<T, Error>>) -> Result<T, Error> {
-    // A panic has ended the process before this could be seen.
-    thread
-        .join()
-        .unwrap_or(Err(Error::State("a thread of the monitor failed")))
+/// The boot vCPU's thread, which has set the processors up and waits to be told to go. Dropped instead, it ends.
+struct BootProcessor {
+    go: Option<Sender<Go>>,
+    thread: Option<VcpuThread>,
 }
 
+struct Go {
+    shared: Arc<Shared>,
+    boot: BootState,
+}
+
+/// What every vCPU's CPUID is made from, and all vCPUs but the boot vCPU.
+type Others = Result<(Template, Vec<Vcpu>), Error>;
+
+impl BootProcessor {
+    fn start(
+        kvm: Kvm,
+        vm: Arc<husk_kvm::Vm>,
+        cpus: u32,
+        timeline: &Arc<Timeline>,
+    ) -> Result<(Self, Receiver<Others>), Error> {
+        let (made, others) = channel();
+        let (go, told) = channel::<Go>();
+        let timeline = Arc::clone(timeline);
+        let body = move || {
+            let (sent, first) = match set_up_processors(&kvm, &vm, cpus) {
+                Ok((first, template, others)) => (Ok((template, others)), Some(first)),
+                Err(e) => (Err(e), None),
+            };
+            drop((kvm, vm));
+            timeline.reach(Phase::VcpusReady);
+            // A main thread that has failed meanwhile does not listen, and tells nobody to go.
+            let _ = made.send(sent);
+            if let (Some(mut vcpu), Ok(Go { shared, boot })) = (first, told.recv()) {
+                let ready = set_entry(&vcpu, &boot);
+                vcpu::enter(0, &mut vcpu, &shared, ready);
+            }
+        };
+        let thread = VcpuThread::start(0, body).map_err(no_thread)?;
+        let first = Self {
+            go: Some(go),
+            thread: Some(thread),
+        };
+        Ok((first, others))
+    }
+
+    fn go(mut self, go: Go) -> Option<VcpuThread> {
+        // It listens until this is dropped.
+        let _ = self.go.take()?.send(go);
+        self.thread.take()
+    }
+}
+
+impl Drop for BootProcessor {
+    fn drop(&mut self) {
+        self.go = None;
+        if let Some(thread) = self.thread.take() {
+            thread.join();
+        }
+    }
+}
+
+fn no_thread(error: std::io::Error) -> Error {
+    Error::Host("a thread for each vCPU", error)
+}
+
+/// Interrupt controllers, the boot vCPU, and the other vCPUs.
 fn set_up_processors(
     kvm: &Kvm,
     vm: &husk_kvm::Vm,
     cpus: u32,
-    timeline: &Timeline,
-) -> Result<(Template, Vec<Vcpu>), Error> {
+) -> Result<(Vcpu, Template, Vec<Vcpu>), Error> {
     vm.create_interrupt_controllers(layout::KVM_TSS)?;
-    let vcpus = (0..cpus)
+    let first = vm.create_vcpu(0)?;
+    let others = (1..cpus)
         .map(|index| vm.create_vcpu(index))
         .collect::<Result<Vec<_>, _>>()?;
     let config = CpuidConfig {
@@ -251,8 +313,8 @@ fn set_up_processors(
         pmu: false,
     };
     let template = cpuid::prepare(&kvm.supported_cpuid()?, &config)?;
-    timeline.reach(Phase::VcpusReady);
-    Ok((template, vcpus))
+    set_up_vcpu(&first, &template, 0)?;
+    Ok((first, template, others))
 }
 
 fn register_memory(
@@ -330,17 +392,15 @@ fn platform(vm: &husk_kvm::Vm, host: &Host) -> Result<(Arc<Shared>, Arc<PowerPor
     Ok((Arc::new(shared), power))
 }
 
-/// Runs on the vCPU's own thread.
-fn set_up_vcpu(
-    vcpu: &Vcpu,
-    cpuid: &[husk_kvm::bindings::kvm_cpuid_entry2],
-    boot: Option<&BootState>,
-) -> Result<(), Error> {
-    vcpu.set_cpuid(cpuid)?;
+/// What every vCPU needs. Runs on the vCPU's own thread.
+fn set_up_vcpu(vcpu: &Vcpu, template: &Template, index: u32) -> Result<(), Error> {
+    vcpu.set_cpuid(&template.for_cpu(index)?)?;
     vcpu.set_msrs(&msrs::boot_msrs())?;
-    let Some(boot) = boot else {
-        return Ok(());
-    };
+    Ok(())
+}
+
+/// Where the boot vCPU starts.
+fn set_entry(vcpu: &Vcpu, boot: &BootState) -> Result<(), Error> {
     let mut sregs = vcpu.sregs()?;
     boot.apply(&mut sregs);
     vcpu.set_sregs(&sregs)?;
