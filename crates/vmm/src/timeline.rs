@@ -20,7 +20,7 @@ pub enum Phase {
     FirstExit,
     /// The first byte that the guest writes to its console.
     FirstConsoleByte,
-    /// A byte that the guest writes to the mark port.
+    /// A byte that the guest writes to the mark port; 1 by init when it starts.
     Mark(u8),
     /// The guest has ended.
     GuestEnded,
@@ -76,6 +76,7 @@ impl std::fmt::Display for Phase {
             Phase::GuestEntered => "guest entered",
             Phase::FirstExit => "first guest exit",
             Phase::FirstConsoleByte => "first console byte",
+            Phase::Mark(1) => "init runs (its mark)",
             Phase::Mark(value) => return write!(f, "guest's mark {value}"),
             Phase::GuestEnded => "guest ended",
         })

@@ -18,6 +18,7 @@ use husk_devices::pvpanic::PvPanic;
 use husk_devices::serial::{Output, Serial, Wire};
 use husk_kvm::{Kvm, Vcpu};
 use husk_loader::Cache;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -360,9 +361,14 @@ fn platform(vm: &husk_kvm::Vm, host: &Host) -> Result<(Arc<Shared>, Arc<PowerPor
         event(layout::EVENTS_IRQ)?,
         lifecycle.clone(),
     ));
+    let output = FirstByte {
+        output: host.console.output.clone(),
+        seen: AtomicBool::new(false),
+        timeline: Arc::clone(&host.timeline),
+    };
     let serial = Serial::new(
         event(layout::COM1_IRQ)?,
-        host.console.output.clone(),
+        Arc::new(output),
         host.console.wire.clone(),
     );
     let ports = Bus::default();
@@ -390,6 +396,22 @@ fn platform(vm: &husk_kvm::Vm, host: &Host) -> Result<(Arc<Shared>, Arc<PowerPor
         exits: host.count_exits.then(Mutex::default),
     };
     Ok((Arc::new(shared), power))
+}
+
+/// Notes when the guest first writes to its console.
+struct FirstByte {
+    output: Arc<dyn Output>,
+    seen: AtomicBool,
+    timeline: Arc<Timeline>,
+}
+
+impl Output for FirstByte {
+    fn write(&self, bytes: &[u8]) {
+        if !self.seen.load(Ordering::Relaxed) && !self.seen.swap(true, Ordering::Relaxed) {
+            self.timeline.reach(Phase::FirstConsoleByte);
+        }
+        self.output.write(bytes);
+    }
 }
 
 /// What every vCPU needs. Runs on the vCPU's own thread.

@@ -6,6 +6,8 @@ export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM="${TERM:-linux}"
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sysfs /sys
 /bin/busybox mount -t devtmpfs devtmpfs /dev 2>/dev/null
+# Tell the monitor that init runs: a byte to its mark port, 0x604 (`husk run --timeline` shows it).
+printf '\001' | /bin/busybox dd of=/dev/port bs=1 seek=1540 conv=notrunc 2>/dev/null
 /bin/busybox --install -s
 mkdir -p /dev/pts
 mount -t devpts devpts /dev/pts 2>/dev/null
