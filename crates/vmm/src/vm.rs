@@ -68,20 +68,31 @@ impl Vm {
     ///
     /// Several of KVM's calls sleep in grace periods, of milliseconds in all. They sleep at the same time: this thread
     /// creates the VM and registers its memory, the thread of the boot vCPU creates the interrupt controllers and the
-    /// vCPUs, and a third one reads the kernel meanwhile.
+    /// vCPUs, and a third one meanwhile asks for the host's CPUID (a millisecond where CPUID itself traps) and reads the
+    /// kernel.
     pub fn boot(config: &VmConfig, host: &Host) -> Result<Self, Error> {
         config.validate()?;
         // Before KVM's descriptors, so that it is dropped after them.
         let memory = GuestMemory::new(memory_size(config)?)?;
+        let kvm = Kvm::open()?;
+        let (cpuid, template) = channel();
         let (machine, boot) = thread::scope(|scope| {
-            let boot = scope.spawn(|| prepare_boot(config, &memory, host));
-            let machine = Machine::create(config, &memory, host);
+            let (kvm, memory) = (&kvm, &memory);
+            let boot = scope.spawn(move || {
+                let boot = prepare_boot(config, memory, host)?;
+                // Second, because KVM_CREATE_VM takes ten times as long while this runs beside it.
+                let template = Arc::new(cpuid_template(kvm, config)?);
+                // When nobody listens, creating the machine has failed, and that is what the user hears of.
+                let _ = cpuid.send(Arc::clone(&template));
+                Ok((template, boot))
+            });
+            let machine = Machine::create(kvm, config, memory, host, template);
             // A panic has ended the process before this could be seen.
             let failed = Err(Error::State("the loading thread failed"));
             (machine, boot.join().unwrap_or(failed))
         });
-        let (machine, boot) = (machine?, boot?);
-        machine.start(config, memory, boot)
+        let (machine, (template, boot)) = (machine?, boot?);
+        machine.start(config, memory, &template, boot)
     }
 
     /// How the VM ended; None while it runs.
@@ -166,30 +177,33 @@ struct Machine {
     first: BootProcessor,
     /// All vCPUs but the boot vCPU, which is its thread's.
     others: Vec<Vcpu>,
-    template: Template,
     shared: Arc<Shared>,
     power: Arc<PowerPorts>,
     kvm: Arc<husk_kvm::Vm>,
 }
 
 impl Machine {
-    fn create(config: &VmConfig, memory: &GuestMemory, host: &Host) -> Result<Self, Error> {
-        let kvm = Kvm::open()?;
+    fn create(
+        kvm: &Kvm,
+        config: &VmConfig,
+        memory: &GuestMemory,
+        host: &Host,
+        template: Receiver<Arc<Template>>,
+    ) -> Result<Self, Error> {
         let (cpus, most) = (config.machine_config.vcpu_count, kvm.max_vcpus());
         if cpus as usize > most {
             return Err(Error::TooManyVcpus { cpus, most });
         }
         let vm = Arc::new(kvm.create_vm()?);
         host.timeline.reach(Phase::VmCreated);
-        let (first, made) = BootProcessor::start(kvm, Arc::clone(&vm), cpus, &host.timeline)?;
+        let (first, made) = BootProcessor::start(&vm, cpus, template, &host.timeline)?;
         register_memory(&vm, memory, &host.timeline)?;
         let failed = Err(Error::State("the boot vCPU's thread failed"));
-        let (template, others) = made.recv().unwrap_or(failed)?;
+        let others = made.recv().unwrap_or(failed)?;
         let (shared, power) = platform(&vm, host)?;
         Ok(Self {
             first,
             others,
-            template,
             shared,
             power,
             kvm: vm,
@@ -197,7 +211,13 @@ impl Machine {
     }
 
     /// Start the other vCPUs' threads, and then the boot vCPU, which wakes them.
-    fn start(self, config: &VmConfig, memory: GuestMemory, boot: BootState) -> Result<Vm, Error> {
+    fn start(
+        self,
+        config: &VmConfig,
+        memory: GuestMemory,
+        template: &Arc<Template>,
+        boot: BootState,
+    ) -> Result<Vm, Error> {
         let shared = self.shared;
         let mut vm = Vm {
             threads: Vec::with_capacity(self.others.len() + 1),
@@ -207,9 +227,8 @@ impl Machine {
             _kvm: self.kvm,
             memory,
         };
-        let template = Arc::new(self.template);
         for (index, mut vcpu) in (1u32..).zip(self.others) {
-            let (template, shared) = (Arc::clone(&template), Arc::clone(&shared));
+            let (template, shared) = (Arc::clone(template), Arc::clone(&shared));
             let body = move || {
                 let ready = set_up_vcpu(&vcpu, &template, index);
                 vcpu::enter(index, &mut vcpu, &shared, ready);
@@ -238,30 +257,35 @@ struct Go {
     boot: BootState,
 }
 
-/// What every vCPU's CPUID is made from, and all vCPUs but the boot vCPU.
-type Others = Result<(Template, Vec<Vcpu>), Error>;
+/// All vCPUs but the boot vCPU.
+type Others = Result<Vec<Vcpu>, Error>;
 
 impl BootProcessor {
+    /// The other vCPUs come through the receiver as soon as they are there.
     fn start(
-        kvm: Kvm,
-        vm: Arc<husk_kvm::Vm>,
+        vm: &Arc<husk_kvm::Vm>,
         cpus: u32,
+        template: Receiver<Arc<Template>>,
         timeline: &Arc<Timeline>,
     ) -> Result<(Self, Receiver<Others>), Error> {
         let (made, others) = channel();
         let (go, told) = channel::<Go>();
-        let timeline = Arc::clone(timeline);
+        let (vm, timeline) = (Arc::clone(vm), Arc::clone(timeline));
         let body = move || {
-            let (sent, first) = match set_up_processors(&kvm, &vm, cpus) {
-                Ok((first, template, others)) => (Ok((template, others)), Some(first)),
+            let (sent, first) = match create_processors(&vm, cpus) {
+                Ok((first, others)) => (Ok(others), Some(first)),
                 Err(e) => (Err(e), None),
             };
-            drop((kvm, vm));
-            timeline.reach(Phase::VcpusReady);
+            drop(vm);
             // A main thread that has failed meanwhile does not listen, and tells nobody to go.
             let _ = made.send(sent);
-            if let (Some(mut vcpu), Ok(Go { shared, boot })) = (first, told.recv()) {
-                let ready = set_entry(&vcpu, &boot);
+            let (Some(mut vcpu), Ok(template)) = (first, template.recv()) else {
+                return;
+            };
+            let ready = set_up_vcpu(&vcpu, &template, 0);
+            timeline.reach(Phase::VcpusReady);
+            if let Ok(Go { shared, boot }) = told.recv() {
+                let ready = ready.and_then(|()| set_entry(&vcpu, &boot));
                 vcpu::enter(0, &mut vcpu, &shared, ready);
             }
         };
@@ -294,28 +318,27 @@ fn no_thread(error: std::io::Error) -> Error {
 }
 
 /// Interrupt controllers, the boot vCPU, and the other vCPUs.
-fn set_up_processors(
-    kvm: &Kvm,
-    vm: &husk_kvm::Vm,
-    cpus: u32,
-) -> Result<(Vcpu, Template, Vec<Vcpu>), Error> {
+fn create_processors(vm: &husk_kvm::Vm, cpus: u32) -> Result<(Vcpu, Vec<Vcpu>), Error> {
     vm.create_interrupt_controllers(layout::KVM_TSS)?;
     let first = vm.create_vcpu(0)?;
     let others = (1..cpus)
         .map(|index| vm.create_vcpu(index))
         .collect::<Result<Vec<_>, _>>()?;
+    Ok((first, others))
+}
+
+/// What every vCPU's CPUID is made from.
+fn cpuid_template(kvm: &Kvm, config: &VmConfig) -> Result<Template, Error> {
     let config = CpuidConfig {
         topology: CpuTopology {
-            cpus,
+            cpus: config.machine_config.vcpu_count,
             threads_per_core: 1,
         },
         tsc_deadline: kvm.has_tsc_deadline_timer(),
         tsc_khz: None,
         pmu: false,
     };
-    let template = cpuid::prepare(&kvm.supported_cpuid()?, &config)?;
-    set_up_vcpu(&first, &template, 0)?;
-    Ok((first, template, others))
+    Ok(cpuid::prepare(&kvm.supported_cpuid()?, &config)?)
 }
 
 fn register_memory(
