@@ -22,6 +22,12 @@ const PANIC_GRACE: Duration = Duration::from_secs(3);
 /// How soon the power button is pressed again when the guest has not looked.
 const PRESS_AGAIN: Duration = Duration::from_millis(500);
 
+/// How often it is looked whether the guest has halted for good: soon at first, then seldom, so that an idle VM is left idle.
+const LOOK_FIRST: Duration = Duration::from_secs(1);
+const LOOK_LAST: Duration = Duration::from_secs(8);
+/// How soon it is looked again when it seems to have.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
 /// What the main thread waits for. Other threads only ever send; none waits for the main thread.
 enum Event {
     /// SIGINT, SIGTERM, SIGHUP or SIGQUIT.
@@ -159,11 +165,12 @@ impl Session {
     /// Until the guest has ended; Some when it is to be ended at once, with this exit status.
     fn until_ended(&mut self) -> Option<u8> {
         let mut panicked: Option<Instant> = None;
+        let mut look = LOOK_FIRST;
         while self.vmm.outcome().is_none() {
             if self.vmm.has_panicked() && panicked.is_none() {
                 panicked = Some(Instant::now());
             }
-            match self.wait(panicked) {
+            match self.wait(panicked, look) {
                 Some(Event::Signal(signal)) if self.asked => return Some(exit_status_of(signal)),
                 Some(Event::Signal(_)) => {
                     self.asked = true;
@@ -176,20 +183,20 @@ impl Session {
                 None if panicked.is_some_and(|since| since.elapsed() >= PANIC_GRACE) => {
                     self.vmm.give_up_after_panic();
                 }
-                None => self.press_power_button(),
+                None if self.vmm.is_press_pending() => self.press_power_button(),
+                None if self.vmm.look_for_halt() => look = LOOK_AGAIN,
+                None => look = (look * 2).clamp(LOOK_FIRST, LOOK_LAST),
             }
         }
         None
     }
 
     /// The next event; None when something has to be done without one.
-    fn wait(&self, panicked: Option<Instant>) -> Option<Event> {
+    fn wait(&self, panicked: Option<Instant>, look: Duration) -> Option<Event> {
         let grace = panicked.map(|since| PANIC_GRACE.saturating_sub(since.elapsed()));
         let again = self.vmm.is_press_pending().then_some(PRESS_AGAIN);
-        match grace.into_iter().chain(again).min() {
-            Some(timeout) => self.events.recv_timeout(timeout).ok(),
-            None => self.events.recv().ok(),
-        }
+        let timeout = grace.into_iter().chain(again).chain([look]).min();
+        self.events.recv_timeout(timeout.unwrap_or(look)).ok()
     }
 
     fn press_power_button(&mut self) {

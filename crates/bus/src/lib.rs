@@ -16,6 +16,12 @@ pub trait BusDevice: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
     /// Take `data` at `offset`.
     fn write(&self, offset: u64, data: &[u8]);
+    /// Take each `size` bytes of `data` at `offset`, one after the other (`rep outs`). `size` is not 0.
+    fn write_repeated(&self, offset: u64, data: &[u8], size: usize) {
+        for element in data.chunks(size.max(1)) {
+            self.write(offset, element);
+        }
+    }
 }
 
 /// How a virtio transport interrupts its driver.
@@ -88,6 +94,13 @@ impl Bus {
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
         self.find(address)
             .map(|(device, offset)| device.write(offset, data))
+            .is_some()
+    }
+
+    /// As [`Bus::write`], for each `size` bytes of `data`.
+    pub fn write_repeated(&self, address: u64, data: &[u8], size: usize) -> bool {
+        self.find(address)
+            .map(|(device, offset)| device.write_repeated(offset, data, size))
             .is_some()
     }
 

@@ -1,10 +1,14 @@
 use crate::Error;
 use kvm_bindings::{
     CpuId, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
-    KVM_EXIT_IO_IN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, Msrs,
-    kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs,
+    KVM_EXIT_IO_IN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_cpuid_entry2, kvm_msr_entry,
+    kvm_regs, kvm_run, kvm_sregs,
 };
 use kvm_ioctls::VcpuFd;
+
+/// RFLAGS.IF: maskable interrupts are on.
+const RFLAGS_IF: u64 = 1 << 9;
 
 /// A vCPU. It belongs to one thread, the one that runs it.
 #[derive(Debug)]
@@ -137,6 +141,20 @@ impl Vcpu {
         self.fd
             .set_sregs(sregs)
             .map_err(|e| Error::Ioctl("KVM_SET_SREGS", e))
+    }
+
+    /// Nothing but another vCPU, or an NMI, can make this vCPU run again: it halted with interrupts off, or was never
+    /// started. Only between two calls of [`Vcpu::run`].
+    pub fn is_halted_for_good(&self) -> Result<bool, Error> {
+        let state = self
+            .fd
+            .get_mp_state()
+            .map_err(|e| Error::Ioctl("KVM_GET_MP_STATE", e))?;
+        Ok(match state.mp_state {
+            KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED => true,
+            KVM_MP_STATE_HALTED => self.regs()?.rflags & RFLAGS_IF == 0,
+            _ => false,
+        })
     }
 
     /// Let the guest run on this vCPU until something needs the monitor. An `in` or a load that the caller fills is

@@ -85,6 +85,15 @@ impl Vmm {
         matches!(&self.state, State::Running(vm) if vm.is_press_pending())
     }
 
+    /// Look whether the guest has halted for good; see [`Vmm::outcome`] after a few calls. True when it looks like it, and
+    /// another call soon will tell.
+    pub fn look_for_halt(&mut self) -> bool {
+        match &mut self.state {
+            State::Configuring => false,
+            State::Running(vm) => vm.look_for_halt(),
+        }
+    }
+
     /// The VM ends as one whose kernel has panicked.
     pub fn give_up_after_panic(&self) {
         if let State::Running(vm) = &self.state {

@@ -12,6 +12,8 @@ pub enum Outcome {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// All of the guest's processors halted with interrupts off.
+    Halted,
     /// The guest's kernel panicked.
     Panic,
     /// A processor of the guest shut down: a fault while it delivered a double fault.
@@ -26,7 +28,7 @@ impl Outcome {
     /// The exit status of `husk run`. Documented in the README; scripts rely on it.
     pub fn exit_status(&self) -> u8 {
         match self {
-            Outcome::PowerOff | Outcome::Reset | Outcome::Stopped => 0,
+            Outcome::PowerOff | Outcome::Reset | Outcome::Halted | Outcome::Stopped => 0,
             Outcome::Panic => 3,
             Outcome::TripleFault => 4,
             Outcome::Kvm(_) => 5,
@@ -39,6 +41,7 @@ impl std::fmt::Display for Outcome {
         match self {
             Outcome::PowerOff => f.write_str("the guest powered off"),
             Outcome::Reset => f.write_str("the guest rebooted"),
+            Outcome::Halted => f.write_str("the guest halted"),
             Outcome::Panic => f.write_str("the guest's kernel panicked"),
             Outcome::TripleFault => f.write_str("the guest stopped with a triple fault"),
             Outcome::Kvm(why) => write!(f, "KVM could not run the guest on: {why}"),

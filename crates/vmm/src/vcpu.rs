@@ -6,6 +6,7 @@ use husk_bus::Bus;
 use husk_devices::{GuestEvent, GuestEvents};
 use husk_kvm::{Exit, Vcpu};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -23,6 +24,33 @@ pub struct Shared {
     pub timeline: Arc<Timeline>,
     /// Exits by reason, when they are counted.
     pub exits: Option<Mutex<ExitCounts>>,
+    /// The search for a guest that has halted for good.
+    pub halts: HaltSearch,
+}
+
+/// Rounds in which each vCPU is asked whether it has halted for good.
+///
+/// A vCPU that has can still be woken by one that has not, so a guest is dead only when all of its vCPUs said so in two
+/// rounds that follow each other.
+#[derive(Default)]
+pub struct HaltSearch {
+    round: AtomicU32,
+    /// Bit N: vCPU N has halted for good. There are at most 64.
+    halted: AtomicU64,
+}
+
+impl HaltSearch {
+    /// Begin a round; how many vCPUs have halted for good in the one before.
+    pub fn next_round(&self) -> u32 {
+        let halted = self.halted.swap(0, Ordering::AcqRel);
+        self.round.fetch_add(1, Ordering::AcqRel);
+        halted.count_ones()
+    }
+
+    fn halted(&self, index: u32) {
+        let bit = 1u64.checked_shl(index).unwrap_or(0);
+        self.halted.fetch_or(bit, Ordering::AcqRel);
+    }
 }
 
 /// How often the guest left for the monitor, by reason and address.
@@ -57,14 +85,19 @@ impl VcpuThread {
         }
     }
 
+    /// Make the vCPU leave the guest for a moment. A signal that comes just before it enters is lost.
+    pub fn kick(&self) {
+        if let Err(e) = self.0.kill(SIGRTMIN()) {
+            log::debug!("a vCPU thread cannot be signalled: {e}");
+        }
+    }
+
     /// Make the thread leave the guest and end. The VM's lifecycle must have ended before.
     ///
     /// A signal that arrives just before the thread enters the guest is lost, so it is sent until the thread is gone.
     pub fn stop(self) {
         while !self.0.is_finished() {
-            if let Err(e) = self.0.kill(SIGRTMIN()) {
-                log::debug!("a vCPU thread cannot be signalled: {e}");
-            }
+            self.kick();
             std::thread::sleep(Duration::from_micros(100));
         }
         self.join();
@@ -93,6 +126,7 @@ pub fn enter(index: u32, vcpu: &mut Vcpu, shared: &Shared, ready: Result<(), cra
 
 fn run(index: u32, vcpu: &mut Vcpu, shared: &Shared) {
     let mut first = index == 0;
+    let mut asked = 0;
     while !shared.lifecycle.has_ended() {
         let end = match vcpu.run() {
             Ok(exit) => {
@@ -113,6 +147,13 @@ fn run(index: u32, vcpu: &mut Vcpu, shared: &Shared) {
             }
             shared.lifecycle.end(outcome);
         }
+        let round = shared.halts.round.load(Ordering::Acquire);
+        if round != asked {
+            asked = round;
+            if vcpu.is_halted_for_good().unwrap_or(false) {
+                shared.halts.halted(index);
+            }
+        }
     }
 }
 
@@ -120,10 +161,11 @@ fn run(index: u32, vcpu: &mut Vcpu, shared: &Shared) {
 fn handle(exit: Exit<'_>, shared: &Shared) -> Option<Outcome> {
     match exit {
         Exit::PortOut { port, size, data } => {
-            for element in data.chunks(size) {
-                if !shared.ports.write(u64::from(port), element) {
-                    log::trace!("the guest writes {element:x?} to absent port {port:#x}");
-                }
+            if !shared.ports.write_repeated(u64::from(port), data, size) {
+                log::trace!(
+                    "the guest writes {} bytes to absent port {port:#x}",
+                    data.len()
+                );
             }
         }
         Exit::PortIn { port, size, data } => {

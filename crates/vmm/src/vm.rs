@@ -5,7 +5,7 @@ use crate::lifecycle::{Lifecycle, Outcome, Wake};
 use crate::load::load;
 use crate::memory::GuestMemory;
 use crate::timeline::{Phase, Timeline};
-use crate::vcpu::{self, ExitCounts, Shared, VcpuThread};
+use crate::vcpu::{self, ExitCounts, HaltSearch, Shared, VcpuThread};
 use husk_arch::acpi::{self, AcpiConfig};
 use husk_arch::boot::BootState;
 use husk_arch::cpuid::{self, CpuTopology, CpuidConfig, Template};
@@ -53,6 +53,7 @@ pub struct Vm {
     shared: Arc<Shared>,
     power: Arc<PowerPorts>,
     panic_is_warm: bool,
+    halted_before: bool,
     _kvm: Arc<husk_kvm::Vm>,
     memory: GuestMemory,
 }
@@ -108,6 +109,25 @@ impl Vm {
     /// Press the ACPI power button.
     pub fn press_power_button(&self) {
         self.power.press_power_button();
+    }
+
+    /// Look whether the guest has halted for good, as Linux without ACPI does when it powers off; then the VM ends. To be
+    /// called now and then: what one call begins, the next ones find out. True when it looks like it, and another call
+    /// soon will tell.
+    pub fn look_for_halt(&mut self) -> bool {
+        let all = self.threads.len() as u32;
+        let halted = self.shared.halts.next_round() == all;
+        if halted && self.halted_before {
+            self.end(match self.has_panicked() {
+                true => Outcome::Panic,
+                false => Outcome::Halted,
+            });
+        }
+        self.halted_before = halted;
+        for thread in &self.threads {
+            thread.kick();
+        }
+        halted
     }
 
     /// The guest has not taken the last press yet.
@@ -224,6 +244,7 @@ impl Machine {
             shared: Arc::clone(&shared),
             power: self.power,
             panic_is_warm: config.boot_source.command_line().contains(PANIC_WARM),
+            halted_before: false,
             _kvm: self.kvm,
             memory,
         };
@@ -417,6 +438,7 @@ fn platform(vm: &husk_kvm::Vm, host: &Host) -> Result<(Arc<Shared>, Arc<PowerPor
         lifecycle,
         timeline: Arc::clone(&host.timeline),
         exits: host.count_exits.then(Mutex::default),
+        halts: HaltSearch::default(),
     };
     Ok((Arc::new(shared), power))
 }

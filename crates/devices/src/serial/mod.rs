@@ -150,6 +150,15 @@ impl BusDevice for Serial {
             }
         }
     }
+
+    fn write_repeated(&self, offset: u64, data: &[u8], size: usize) {
+        if size == 1 && offset < PORTS {
+            return self.write_many(offset, data);
+        }
+        for element in data.chunks(size.max(1)) {
+            self.write(offset, element);
+        }
+    }
 }
 
 #[cfg(test)]
