@@ -188,7 +188,7 @@ impl From<Level> for log::LevelFilter {
 
 const EXIT_STATUS: &str = "\
 Exit status of `husk run`:
-  0      the guest powered off or rebooted, or you left it with Ctrl-A x
+  0      the guest powered off, rebooted or halted, or you left it with Ctrl-A x
   1      trouble with the host: no /dev/kvm, no permission, out of memory
   2      trouble with a flag, a file or the configuration
   3      the guest's kernel panicked

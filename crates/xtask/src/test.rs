@@ -16,6 +16,9 @@ const TESTBED_LIMIT: Duration = Duration::from_secs(45 * 60);
 /// Enough for a guest of 6 GiB of which little is touched, and for what tests write to the overlay.
 const TESTBED_MIB: u32 = 8192;
 
+/// Emulated hosts at a time.
+const TESTBEDS: usize = 2;
+
 /// `cargo xtask test`.
 #[derive(clap::Args)]
 pub struct Args {
@@ -84,7 +87,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 run_native(program, &env, &args.program_args, &mut tally)?;
             }
         } else {
-            run_on_testbed(&end_to_end, env, &args.program_args, &mut tally)?;
+            run_on_testbed(&end_to_end, &env, &args.program_args, &mut tally)?;
         }
     }
     println!("{} passed, {} failed", tally.passed, tally.failed);
@@ -202,48 +205,107 @@ fn follow(command: &mut Command, name: &str, tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-/// Runs all programs in one boot of the emulated host.
+/// Runs the tests of all programs, divided among emulated hosts of one processor each.
+///
+/// Two such hosts are as fast as one with two processors. And QEMU then emulates each on one thread: on two, guests of four
+/// vCPUs were seen to fault or hang in one boot of thirty.
 fn run_on_testbed(
     programs: &[&TestProgram],
-    env: Vec<(String, String)>,
+    env: &[(String, String)],
     args: &[String],
     tally: &mut Tally,
 ) -> Result<()> {
-    let names: Vec<&str> = programs
-        .iter()
-        .map(|program| program.target.as_str())
-        .collect();
-    eprintln!("==> on the testbed: {}", names.join(", "));
-    let testbed = Testbed {
-        memory_mib: TESTBED_MIB,
-        limit: Some(TESTBED_LIMIT),
-        env,
-        ..Testbed::default()
-    };
-    let script = testbed_script(programs, args)?;
-    let mut counter = LineCounter::new(tally);
-    let status = testbed.run(&["sh".into(), "-c".into(), script], &[], |output| {
-        show(output);
-        counter.feed(output);
-    })?;
-    let finished = counter.finish();
-    for name in names.iter().skip(finished) {
-        eprintln!("xtask: the tests of {name} did not come to an end (exit status {status})");
-        tally.failed += 1;
+    let mut shares: Vec<Vec<Share>> = (0..TESTBEDS).map(|_| Vec::new()).collect();
+    for program in programs {
+        let tests = list(program, args)?;
+        for (index, share) in shares.iter_mut().enumerate() {
+            let own = tests
+                .iter()
+                .skip(index)
+                .step_by(TESTBEDS)
+                .cloned()
+                .collect();
+            share.push(Share {
+                program,
+                tests: own,
+            });
+        }
+    }
+    for share in &mut shares {
+        share.retain(|share| !share.tests.is_empty());
+    }
+    shares.retain(|share| !share.is_empty());
+    let count: usize = shares.iter().flatten().map(|share| share.tests.len()).sum();
+    eprintln!("==> {count} tests on {} testbeds", shares.len());
+    Testbed::prepare()?;
+    let results: Vec<Result<Tally>> = std::thread::scope(|scope| {
+        let start = |share| scope.spawn(move || run_share(share, env));
+        let started: Vec<_> = shares.iter().map(|share| start(share)).collect();
+        let joined = started.into_iter().map(|thread| thread.join());
+        joined
+            .map(|result| result.unwrap_or_else(|_| bail!("a testbed's thread panicked")))
+            .collect()
+    });
+    for result in results {
+        let part = result?;
+        tally.passed += part.passed;
+        tally.failed += part.failed;
     }
     Ok(())
 }
 
+/// Some tests of one program, by their full names.
+struct Share<'a> {
+    program: &'a TestProgram,
+    tests: Vec<String>,
+}
+
+/// The names of a program's tests, as its filter in `args` leaves them.
+fn list(program: &TestProgram, args: &[String]) -> Result<Vec<String>> {
+    let output = Command::new(&program.executable)
+        .args(args)
+        .args(["--list", "--format", "terse"])
+        .output()
+        .with_context(|| format!("cannot start {}", program.executable.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let names = text.lines().filter_map(|line| line.strip_suffix(": test"));
+    Ok(names.map(str::to_owned).collect())
+}
+
+/// Runs a share of the tests in one boot of an emulated host.
+fn run_share(shares: &[Share], env: &[(String, String)]) -> Result<Tally> {
+    let testbed = Testbed {
+        cpus: 1,
+        memory_mib: TESTBED_MIB,
+        limit: Some(TESTBED_LIMIT),
+        env: env.to_vec(),
+        ..Testbed::default()
+    };
+    let script = testbed_script(shares)?;
+    let mut tally = Tally::default();
+    let mut counter = LineCounter::new(&mut tally);
+    let status = testbed.run(&["sh".into(), "-c".into(), script], &[], |output| {
+        show(&counter.feed(output));
+    })?;
+    let finished = counter.finish();
+    for share in shares.iter().skip(finished) {
+        let name = &share.program.target;
+        eprintln!("xtask: the tests of {name} did not come to an end (exit status {status})");
+        tally.failed += 1;
+    }
+    Ok(tally)
+}
+
 /// Runs each program in its folder and reports its exit status in a line of its own.
-fn testbed_script(programs: &[&TestProgram], args: &[String]) -> Result<String> {
+fn testbed_script(shares: &[Share]) -> Result<String> {
     let mut script = String::new();
-    for program in programs {
+    for Share { program, tests } in shares {
         let folder = shell_quote(program.folder.to_str().context("a folder is not UTF-8")?);
         let path = shell_quote(program.executable.to_str().context("a path is not UTF-8")?);
-        let args: Vec<String> = args.iter().map(|arg| shell_quote(arg)).collect();
+        let tests: Vec<String> = tests.iter().map(|test| shell_quote(test)).collect();
         script += &format!(
-            "cd {folder}; export CARGO_MANIFEST_DIR={folder}; {path} --test-threads=2 {}; echo \"{ENDED}$?\"\n",
-            args.join(" ")
+            "cd {folder}; export CARGO_MANIFEST_DIR={folder}; {path} --test-threads=1 --exact {}; echo \"{ENDED}$?\"\n",
+            tests.join(" ")
         );
     }
     Ok(script)
@@ -270,12 +332,16 @@ impl<'a> LineCounter<'a> {
         }
     }
 
-    fn feed(&mut self, output: &[u8]) {
+    /// Returns the lines that `output` completes: several testbeds print, and lines must not mix.
+    fn feed(&mut self, output: &[u8]) -> Vec<u8> {
+        let mut complete = Vec::new();
         for &byte in output {
             if byte != b'\n' {
                 self.line.push(byte);
                 continue;
             }
+            complete.extend_from_slice(&self.line);
+            complete.push(byte);
             let line = String::from_utf8_lossy(&std::mem::take(&mut self.line)).into_owned();
             self.tally.add(&line);
             if let Some((_, status)) = line.split_once(ENDED) {
@@ -287,6 +353,7 @@ impl<'a> LineCounter<'a> {
                 self.failed_before = self.tally.failed;
             }
         }
+        complete
     }
 
     /// How many programs came to their end.

@@ -148,6 +148,11 @@ impl Default for Testbed {
 }
 
 impl Testbed {
+    /// Makes what every testbed needs, once, so that several can start at the same time.
+    pub fn prepare() -> Result<()> {
+        Machine::ensure().map(drop)
+    }
+
     /// Runs a command on the emulated host and returns its exit status, 124 when the time was up.
     ///
     /// `stdin` is the command's whole standard input. `output` is called with what the command
