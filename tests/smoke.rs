@@ -190,21 +190,26 @@ fn a_second_signal_ends_the_vm_at_once() {
 
 #[test]
 fn a_guest_that_never_leaves_can_be_ended() {
-    // No exit to the monitor ever comes from these.
-    for end in ["SPIN", "HALT"] {
-        let mut vm = start(&[
-            "--kernel",
-            &payload("end", end),
-            "--cpus",
-            "4",
-            "--log-level",
-            "info",
-        ]);
-        vm.expect("go\n");
-        vm.signal(Signal::TERM);
-        vm.expect_stderr("power button is pressed");
-        vm.signal(Signal::TERM);
-        vm.wait().expect_status(143);
+    let mut vm = start(&[
+        "--kernel",
+        &payload("end", "SPIN"),
+        "--cpus",
+        "4",
+        "--log-level",
+        "info",
+    ]);
+    vm.expect("go\n");
+    vm.signal(Signal::TERM);
+    vm.expect_stderr("power button is pressed");
+    vm.signal(Signal::TERM);
+    vm.wait().expect_status(143);
+}
+
+#[test]
+fn a_guest_that_halts_for_good_has_ended() {
+    for cpus in ["1", "4"] {
+        let ended = run(&["--kernel", &payload("end", "HALT"), "--cpus", cpus]);
+        assert_eq!(ended.expect_status(0).console(), "go\n");
     }
 }
 

@@ -7,10 +7,9 @@ use husk_arch::layout::HIGH_MEMORY;
 use husk_arch::memory_map::Range;
 use husk_config::{BootProtocol, BootSource};
 use husk_loader::{Cache, Kernel};
-use rustix::fs::{OFlags, SeekFrom, seek};
+use rustix::fs::{SeekFrom, seek};
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 const PAGE: u64 = 4096;
@@ -131,13 +130,7 @@ fn place_initrd(
         path: path.into(),
         source,
     };
-    // A named pipe without a writer must not hang the start; one with a writer is read below as if it had been opened
-    // without this flag, because a read then waits in poll.
-    let file = File::options()
-        .read(true)
-        .custom_flags(OFlags::CLOEXEC.bits() as i32)
-        .open(path)
-        .map_err(fail)?;
+    let file = File::open(path).map_err(fail)?;
     let metadata = file.metadata().map_err(fail)?;
     if metadata.is_dir() {
         return Err(Error::InitrdDirectory(path.into()));
@@ -148,6 +141,7 @@ fn place_initrd(
         memory.place_file(&file, 0, size, range.start)?;
         return Ok(range);
     }
+    // A pipe, as of `--initrd <(…)`. What does not fit into memory need not be read.
     let most: u64 = memory.slots().iter().map(|(range, _)| range.size).sum();
     let mut bytes = Vec::new();
     file.take(most).read_to_end(&mut bytes).map_err(fail)?;
@@ -174,9 +168,7 @@ fn initrd_range(
         .find_map(|(range, _)| {
             let start = range.end().checked_sub(size)? & !(PAGE - 1);
             let free = start >= range.start && start >= kernel_end;
-            // A kernel below the hole does not stand in the way above it.
-            let behind = range.start >= kernel_end && start >= range.start;
-            (free || behind).then_some(Range { start, size })
+            free.then_some(Range { start, size })
         })
         .ok_or_else(|| Error::InitrdTooLarge {
             path: path.into(),

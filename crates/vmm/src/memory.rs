@@ -342,6 +342,16 @@ mod tests {
     }
 
     #[test]
+    fn hundreds_of_gib_cost_nothing_until_they_are_touched() {
+        let size = 512 << 30;
+        let memory = GuestMemory::new(size).unwrap();
+        let top = 0x1_0000_0000 + size - 0xc000_0000;
+        memory.write(top - 4096, &[7; 4096]).unwrap();
+        assert_eq!(read(&memory, top - 1, 1), [7]);
+        assert!(memory.write(top, &[7]).is_err());
+    }
+
+    #[test]
     fn memory_above_the_hole_is_at_4_gib() {
         let memory = GuestMemory::new(4 << 30).unwrap();
         memory.write(0x1_0000_0000, &[1]).unwrap();
