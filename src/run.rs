@@ -22,6 +22,9 @@ const PANIC_GRACE: Duration = Duration::from_secs(3);
 /// How soon the power button is pressed again when the guest has not looked.
 const PRESS_AGAIN: Duration = Duration::from_millis(500);
 
+/// How soon when it has looked, and a signal asked: whoever acts on the button may not have been there yet.
+const PRESS_LATER: Duration = Duration::from_secs(5);
+
 /// How often it is looked whether the guest has halted for good: soon at first, then seldom, so that an idle VM is left idle.
 const LOOK_FIRST: Duration = Duration::from_secs(1);
 const LOOK_LAST: Duration = Duration::from_secs(8);
@@ -164,39 +167,27 @@ impl Session {
 
     /// Until the guest has ended; Some when it is to be ended at once, with this exit status.
     fn until_ended(&mut self) -> Option<u8> {
-        let mut panicked: Option<Instant> = None;
-        let mut look = LOOK_FIRST;
+        let mut chores = Chores::new();
         while self.vmm.outcome().is_none() {
-            if self.vmm.has_panicked() && panicked.is_none() {
-                panicked = Some(Instant::now());
-            }
-            match self.wait(panicked, look) {
-                Some(Event::Signal(signal)) if self.asked => return Some(exit_status_of(signal)),
-                Some(Event::Signal(_)) => {
+            chores.plan(&self.vmm, self.asked);
+            match self.events.recv_timeout(chores.pause()) {
+                Ok(Event::Signal(signal)) if self.asked => return Some(exit_status_of(signal)),
+                Ok(Event::Signal(_)) => {
                     self.asked = true;
                     log::info!("the power button is pressed; a second signal ends the VM at once");
                     self.press_power_button();
                 }
-                Some(Event::Key(ConsoleEvent::PowerButton)) => self.press_power_button(),
-                Some(Event::Key(ConsoleEvent::Leave)) => return Some(0),
-                Some(Event::Vm | Event::Down) => {}
-                None if panicked.is_some_and(|since| since.elapsed() >= PANIC_GRACE) => {
-                    self.vmm.give_up_after_panic();
-                }
-                None if self.vmm.is_press_pending() => self.press_power_button(),
-                None if self.vmm.look_for_halt() => look = LOOK_AGAIN,
-                None => look = (look * 2).clamp(LOOK_FIRST, LOOK_LAST),
+                Ok(Event::Key(ConsoleEvent::PowerButton)) => self.press_power_button(),
+                Ok(Event::Key(ConsoleEvent::Leave)) => return Some(0),
+                Ok(Event::Vm | Event::Down) => {}
+                Err(_) => match chores.due(&mut self.vmm) {
+                    Some(Chore::GiveUp) => self.vmm.give_up_after_panic(),
+                    Some(Chore::Press) => self.press_power_button(),
+                    None => {}
+                },
             }
         }
         None
-    }
-
-    /// The next event; None when something has to be done without one.
-    fn wait(&self, panicked: Option<Instant>, look: Duration) -> Option<Event> {
-        let grace = panicked.map(|since| PANIC_GRACE.saturating_sub(since.elapsed()));
-        let again = self.vmm.is_press_pending().then_some(PRESS_AGAIN);
-        let timeout = grace.into_iter().chain(again).chain([look]).min();
-        self.events.recv_timeout(timeout.unwrap_or(look)).ok()
     }
 
     fn press_power_button(&mut self) {
@@ -243,6 +234,75 @@ impl Session {
             }
             (taking.join().ok().flatten(), impatient)
         })
+    }
+}
+
+/// What the main thread has to do when nothing happens, and when.
+struct Chores {
+    /// The guest's kernel has panicked and is given up.
+    give_up: Option<Instant>,
+    /// The power button is pressed again, `true`: only if the guest has not looked by then.
+    press: Option<(Instant, bool)>,
+    /// It is looked whether the guest has halted for good.
+    look: Instant,
+    look_pause: Duration,
+}
+
+/// What a chore leaves to the session.
+enum Chore {
+    GiveUp,
+    Press,
+}
+
+impl Chores {
+    fn new() -> Self {
+        Self {
+            give_up: None,
+            press: None,
+            look: Instant::now() + LOOK_FIRST,
+            look_pause: LOOK_FIRST,
+        }
+    }
+
+    /// Look at the VM for what is to come. `asked`: a signal wants the guest to shut down.
+    fn plan(&mut self, vmm: &Vmm, asked: bool) {
+        let now = Instant::now();
+        if vmm.has_panicked() {
+            self.give_up.get_or_insert(now + PANIC_GRACE);
+        }
+        // A press that the guest has not seen is repeated soon. One that it has seen may still have come before the
+        // program that would have acted on it, so it is repeated later.
+        if vmm.is_press_pending() && self.press.is_none_or(|(_, unseen)| !unseen) {
+            self.press = Some((now + PRESS_AGAIN, true));
+        } else if asked {
+            self.press.get_or_insert((now + PRESS_LATER, false));
+        }
+    }
+
+    fn pause(&self) -> Duration {
+        let press = self.press.map(|(at, _)| at);
+        let all = [self.give_up, press, Some(self.look)];
+        let next = all.into_iter().flatten().min().unwrap_or(self.look);
+        next.saturating_duration_since(Instant::now())
+    }
+
+    /// Do what is due.
+    fn due(&mut self, vmm: &mut Vmm) -> Option<Chore> {
+        let now = Instant::now();
+        if self.give_up.is_some_and(|at| at <= now) {
+            return Some(Chore::GiveUp);
+        }
+        if let Some((_, unseen)) = self.press.take_if(|(at, _)| *at <= now) {
+            return (vmm.is_press_pending() || !unseen).then_some(Chore::Press);
+        }
+        if self.look <= now {
+            self.look_pause = match vmm.look_for_halt() {
+                true => LOOK_AGAIN,
+                false => (self.look_pause * 2).clamp(LOOK_FIRST, LOOK_LAST),
+            };
+            self.look = now + self.look_pause;
+        }
+        None
     }
 }
 

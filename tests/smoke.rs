@@ -612,7 +612,7 @@ fn an_unreadable_file_is_refused() {
     let kernel = payload("linux", "");
     let secret = dir.path().join("secret");
     std::fs::copy(&kernel, &secret).unwrap();
-    std::fs::set_permissions(&secret, PermissionsExt::from_mode(0)).unwrap();
+    std::fs::set_permissions(&secret, PermissionsExt::from_mode(0o000)).unwrap();
     let secret = text(&secret);
     // For root, too, once the right to read everything is given up.
     let without = if rustix::process::geteuid().is_root() {
@@ -772,7 +772,7 @@ fn a_host_without_kvm_or_permission_for_it_is_named() {
     let kernel = payload("linux", "");
     let dir = temp_dir();
     let locked = file(&dir, "locked", b"");
-    std::fs::set_permissions(&locked, std::os::unix::fs::PermissionsExt::from_mode(0)).unwrap();
+    std::fs::set_permissions(&locked, std::os::unix::fs::PermissionsExt::from_mode(0o000)).unwrap();
     // A mount namespace of its own, in a user namespace of its own where this is not root.
     let unshare = match rustix::process::geteuid().is_root() {
         true => vec!["unshare", "--mount"],
