@@ -66,24 +66,9 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
         timeline: Arc::clone(&timeline),
         wake: Arc::new(move || send(&wake, Event::Vm)),
     };
-    let keys = sender.clone();
-    let stops = sender.clone();
-    // Only once the guest runs: until then a signal, or Ctrl-C, just ends the process. And it saves the guest time.
-    let listen = move || {
-        let mut stopping = vec![SIGINT, SIGTERM, SIGHUP, SIGQUIT];
-        stopping.retain(|signal| !husk_console::is_ignored(*signal));
-        let mut signals = Signals::new(stopping).map_err(|e| trouble(&e))?;
-        let terminal = Terminal::open().map(Arc::new);
-        start_thread("signals", move || {
-            signals
-                .forever()
-                .for_each(|signal| send(&stops, Event::Signal(signal)));
-        })?;
-        let pressed = move |key| send(&keys, Event::Key(key));
-        input
-            .start(std::io::stdin(), terminal, pressed)
-            .map_err(|e| trouble(&e))?;
-        Ok(input)
+    let ears = Ears {
+        sender: sender.clone(),
+        input,
     };
     let mut session = Session {
         vmm: Vmm::new(host),
@@ -92,7 +77,7 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
         output,
         asked: false,
     };
-    let result = session.run(config, listen);
+    let result = session.run(config, ears);
     // Before anything is printed: no line must land in a raw terminal.
     Terminal::emergency_restore();
     let end = result?;
@@ -116,6 +101,41 @@ struct End {
     exits: Option<ExitCounts>,
 }
 
+/// What hears signals and keys.
+struct Ears {
+    sender: Sender<Event>,
+    input: Input,
+}
+
+impl Ears {
+    /// From now on signals are kept until they are listened to, and the terminal is raw.
+    fn open() -> Result<(Signals, Option<Arc<Terminal>>), Failure> {
+        let mut stopping = vec![SIGINT, SIGTERM, SIGHUP, SIGQUIT];
+        stopping.retain(|signal| !husk_console::is_ignored(*signal));
+        let signals = Signals::new(stopping).map_err(|e| trouble(&e))?;
+        Ok((signals, Terminal::open().map(Arc::new)))
+    }
+
+    /// Start to listen, on threads of its own; keep the result for as long.
+    fn listen(
+        self,
+        mut signals: Signals,
+        terminal: Option<Arc<Terminal>>,
+    ) -> Result<Input, Failure> {
+        let (stops, keys) = (self.sender.clone(), self.sender);
+        start_thread("signals", move || {
+            signals
+                .forever()
+                .for_each(|signal| send(&stops, Event::Signal(signal)));
+        })?;
+        let pressed = move |key| send(&keys, Event::Key(key));
+        self.input
+            .start(std::io::stdin(), terminal, pressed)
+            .map_err(|e| trouble(&e))?;
+        Ok(self.input)
+    }
+}
+
 struct Session {
     vmm: Vmm,
     sender: Sender<Event>,
@@ -126,16 +146,15 @@ struct Session {
 }
 
 impl Session {
-    /// `listen` starts to hear signals and keys; it is called when the guest runs, and its result is kept until the end.
-    fn run<T>(
-        &mut self,
-        config: VmConfig,
-        listen: impl FnOnce() -> Result<T, Failure>,
-    ) -> Result<End, Failure> {
+    fn run(&mut self, config: VmConfig, ears: Ears) -> Result<End, Failure> {
         let restart = config.on_reboot == OnReboot::Restart;
         self.vmm.handle(VmmRequest::Configure(Box::new(config)))?;
-        self.vmm.handle(VmmRequest::Boot)?;
-        let _listening = listen()?;
+        self.vmm.build()?;
+        // Only now: while a kernel is unpacked, say, a signal or Ctrl-C just ends the process. And not later: what the
+        // guest writes and what is typed to it needs the raw terminal.
+        let (signals, terminal) = Ears::open()?;
+        self.vmm.start()?;
+        let _input = ears.listen(signals, terminal)?;
         loop {
             let forced = self.until_ended();
             if forced.is_some() {

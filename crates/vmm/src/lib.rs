@@ -30,6 +30,8 @@ pub struct Vmm {
 
 enum State {
     Configuring,
+    /// Complete, and its guest has not run yet.
+    Built(Box<Vm>),
     Running(Box<Vm>),
 }
 
@@ -51,14 +53,41 @@ impl Vmm {
                 self.config = *config;
             }
             (State::Configuring, VmmRequest::Boot) => {
-                self.state = State::Running(Box::new(Vm::boot(&self.config, &self.host)?));
+                self.build()?;
+                self.start()?;
             }
             (State::Running(vm), VmmRequest::PressPowerButton) => vm.press_power_button(),
             (State::Running(vm), VmmRequest::Stop) => vm.end(Outcome::Stopped),
-            (State::Configuring, _) => return Err(Error::State("the VM is not running")),
+            (State::Configuring | State::Built(_), _) => {
+                return Err(Error::State("the VM is not running"));
+            }
             (State::Running(_), _) => return Err(Error::State("the VM is already running")),
         }
         Ok(())
+    }
+
+    /// The first half of [`VmmRequest::Boot`]: all that may take long or fail.
+    pub fn build(&mut self) -> Result<(), Error> {
+        let State::Configuring = self.state else {
+            return Err(Error::State("the VM is already built"));
+        };
+        self.state = State::Built(Box::new(Vm::build(&self.config, &self.host)?));
+        Ok(())
+    }
+
+    /// The second half: the guest runs.
+    pub fn start(&mut self) -> Result<(), Error> {
+        match std::mem::replace(&mut self.state, State::Configuring) {
+            State::Built(mut vm) => {
+                vm.start();
+                self.state = State::Running(vm);
+                Ok(())
+            }
+            other => {
+                self.state = other;
+                Err(Error::State("the VM is not built, or runs already"))
+            }
+        }
     }
 
     /// The configuration.
@@ -69,7 +98,7 @@ impl Vmm {
     /// How the VM ended; None while it runs or before it was booted.
     pub fn outcome(&self) -> Option<Outcome> {
         match &self.state {
-            State::Configuring => None,
+            State::Configuring | State::Built(_) => None,
             State::Running(vm) => vm.outcome(),
         }
     }
@@ -89,7 +118,7 @@ impl Vmm {
     /// another call soon will tell.
     pub fn look_for_halt(&mut self) -> bool {
         match &mut self.state {
-            State::Configuring => false,
+            State::Configuring | State::Built(_) => false,
             State::Running(vm) => vm.look_for_halt(),
         }
     }
@@ -105,7 +134,7 @@ impl Vmm {
     pub fn take_down(&mut self) -> Option<(Outcome, Option<ExitCounts>)> {
         match std::mem::replace(&mut self.state, State::Configuring) {
             State::Configuring => None,
-            State::Running(vm) => Some(vm.stop()),
+            State::Built(vm) | State::Running(vm) => Some(vm.stop()),
         }
     }
 }

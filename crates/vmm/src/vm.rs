@@ -47,8 +47,10 @@ pub struct Host {
     pub wake: Wake,
 }
 
-/// A running VM. [`Vm::stop`] takes it down; fields are dropped in order, memory last.
+/// A VM. [`Vm::start`] lets its guest run, [`Vm::stop`] takes it down; fields are dropped in order, memory last.
 pub struct Vm {
+    /// The boot vCPU and where it starts, until it does.
+    boot: Option<(BootProcessor, Go)>,
     threads: Vec<VcpuThread>,
     shared: Arc<Shared>,
     power: Arc<PowerPorts>,
@@ -65,13 +67,13 @@ const RESET_FLAG_WARM: u16 = 0x1234;
 const PANIC_WARM: &str = "reboot=panic_warm";
 
 impl Vm {
-    /// Build a VM and start its vCPUs.
+    /// Build a VM, complete up to the boot vCPU's first instruction.
     ///
     /// Several of KVM's calls sleep in grace periods, of milliseconds in all. They sleep at the same time: this thread
     /// creates the VM and registers its memory, the thread of the boot vCPU creates the interrupt controllers and the
     /// vCPUs, and a third one meanwhile asks for the host's CPUID (a millisecond where CPUID itself traps) and reads the
     /// kernel.
-    pub fn boot(config: &VmConfig, host: &Host) -> Result<Self, Error> {
+    pub fn build(config: &VmConfig, host: &Host) -> Result<Self, Error> {
         config.validate()?;
         // Before KVM's descriptors, so that it is dropped after them.
         let memory = GuestMemory::new(memory_size(config)?)?;
@@ -93,7 +95,14 @@ impl Vm {
             (machine, boot.join().unwrap_or(failed))
         });
         let (machine, (template, boot)) = (machine?, boot?);
-        machine.start(config, memory, &template, boot)
+        machine.complete(config, memory, &template, boot)
+    }
+
+    /// Let the guest run.
+    pub fn start(&mut self) {
+        if let Some((first, go)) = self.boot.take() {
+            self.threads.extend(first.go(go));
+        }
     }
 
     /// How the VM ended; None while it runs.
@@ -143,6 +152,7 @@ impl Vm {
     /// End the VM if it has not ended, wait until its vCPUs are out of the guest, and give everything back to the host.
     pub fn stop(mut self) -> (Outcome, Option<ExitCounts>) {
         self.shared.lifecycle.end(Outcome::Stopped);
+        drop(self.boot.take());
         for thread in self.threads.drain(..) {
             thread.stop();
         }
@@ -230,8 +240,8 @@ impl Machine {
         })
     }
 
-    /// Start the other vCPUs' threads, and then the boot vCPU, which wakes them.
-    fn start(
+    /// Start the threads of all vCPUs but the boot vCPU's, which wakes them.
+    fn complete(
         self,
         config: &VmConfig,
         memory: GuestMemory,
@@ -239,7 +249,12 @@ impl Machine {
         boot: BootState,
     ) -> Result<Vm, Error> {
         let shared = self.shared;
+        let go = Go {
+            shared: Arc::clone(&shared),
+            boot,
+        };
         let mut vm = Vm {
+            boot: Some((self.first, go)),
             threads: Vec::with_capacity(self.others.len() + 1),
             shared: Arc::clone(&shared),
             power: self.power,
@@ -262,7 +277,6 @@ impl Machine {
                 }
             }
         }
-        vm.threads.extend(self.first.go(Go { shared, boot }));
         Ok(vm)
     }
 }
@@ -369,7 +383,7 @@ fn register_memory(
 ) -> Result<(), Error> {
     for (slot, (range, host)) in (0u32..).zip(memory.slots()) {
         // SAFETY: the addresses are GuestMemory's own mapping. `Vm` drops all of KVM's descriptors before it, and so
-        // does `Vm::boot` when it fails, because it makes the memory first.
+        // does `Vm::build` when it fails, because it makes the memory first.
         unsafe { vm.set_memory_slot(slot, range.start, range.size, *host)? };
     }
     timeline.reach(Phase::MemoryReady);
