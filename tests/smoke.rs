@@ -297,7 +297,9 @@ fn a_flood_of_output_arrives_whole_in_a_file() {
     command
         .stdin(Stdio::null())
         .stdout(File::create(&path).unwrap());
-    Vm::start_with(&mut command, LIMIT).wait().expect_status(0);
+    Vm::start_with(&mut command, bulk_limit())
+        .wait()
+        .expect_status(0);
     assert_flood(&std::fs::read(&path).unwrap(), &sent);
 }
 
@@ -305,7 +307,7 @@ fn a_flood_of_output_arrives_whole_in_a_file() {
 fn a_flood_of_output_arrives_whole_at_a_fast_reader() {
     let dir = temp_dir();
     let sent = pattern(bulk(3));
-    let ended = Vm::start(&mut flood(&dir, &sent), LIMIT).finish();
+    let ended = Vm::start(&mut flood(&dir, &sent), bulk_limit()).finish();
     assert_flood(&ended.expect_status(0).stdout, &sent);
 }
 
@@ -316,10 +318,10 @@ fn a_flood_of_output_arrives_whole_at_a_slow_reader() {
     let sent = pattern(bulk(3).max(200_000)); // more than a pipe and Husk's own buffer hold
     let (mut reader, writer) = std::io::pipe().unwrap();
     let mut command = flood(&dir, &sent);
-    let vm = Vm::start_with(command.stdin(Stdio::null()).stdout(writer), LIMIT);
+    let vm = Vm::start_with(command.stdin(Stdio::null()).stdout(writer), bulk_limit());
     drop(command);
     wait_until_full(&reader); // the guest waits
-    let (mut received, mut chunk) = (Vec::new(), [0; 5000]);
+    let (mut received, mut chunk) = (Vec::new(), [0; 50_000]);
     loop {
         match reader.read(&mut chunk).unwrap() {
             0 => break,
@@ -338,7 +340,15 @@ fn a_paste_comes_back_whole() {
     let sent = pattern(bulk(2));
     eprintln!("{} bytes are pasted", sent.len());
     let length = file(&dir, "initrd", &(sent.len() as u64).to_le_bytes());
-    let mut vm = start(&["--kernel", &payload("echo", ""), "--initrd", text(&length)]);
+    let mut command = husk();
+    command.args([
+        "run",
+        "--kernel",
+        &payload("echo", ""),
+        "--initrd",
+        text(&length),
+    ]);
+    let mut vm = Vm::start(&mut command, bulk_limit());
     let mut stdin = vm.take_stdin();
     let paste = sent.clone();
     let sending = std::thread::spawn(move || stdin.write_all(&paste).unwrap());
@@ -638,8 +648,11 @@ fn assert_flood(console: &[u8], sent: &[u8]) {
 }
 
 /// How many bytes pass the console of a guest in about `seconds` here, at most 10 million: a KVM that emulates
-/// instructions takes about 20 µs for each, one on hardware about 1 µs.
+/// instructions takes about 20 µs for each, one on hardware about 1 µs. `$HUSK_TEST_BULK` says another number.
 fn bulk(seconds: u64) -> usize {
+    if let Some(bytes) = forced_bulk() {
+        return bytes;
+    }
     static PER_SECOND: OnceLock<u64> = OnceLock::new();
     let rate = *PER_SECOND.get_or_init(|| {
         let dir = temp_dir();
@@ -651,6 +664,16 @@ fn bulk(seconds: u64) -> usize {
         sent.len() as u64 * 1_000_000 / (start.elapsed().as_micros() as u64).max(1)
     });
     (rate * seconds).clamp(50_000, 10_000_000) as usize
+}
+
+fn forced_bulk() -> Option<usize> {
+    let bytes = std::env::var("HUSK_TEST_BULK").ok()?;
+    Some(bytes.parse().expect("HUSK_TEST_BULK is a number of bytes"))
+}
+
+/// As [`LIMIT`], and 100 µs more for each byte that was asked for.
+fn bulk_limit() -> Duration {
+    LIMIT + Duration::from_micros(100) * forced_bulk().unwrap_or(0) as u32
 }
 
 /// Wait until nothing more is written to a pipe that has something in it.

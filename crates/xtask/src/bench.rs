@@ -223,12 +223,13 @@ fn boot_to_init(husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result
         ..Testbed::default()
     };
     let mut output = Vec::new();
-    let status = testbed.run(&command, &[], |text| {
+    let finish = testbed.run(&command, &[], |text| {
         output.extend_from_slice(text);
         let _ = std::io::stdout().lock().write_all(text);
     })?;
-    if status != 0 {
-        bail!("the measurement on the testbed failed (exit status {status})");
+    match finish.exit_status() {
+        0 => {}
+        status => bail!("the measurement on the testbed failed (exit status {status})"),
     }
     let output = String::from_utf8_lossy(&output);
     let median = parse_median(&output, "husk").context("the testbed printed no median of husk")?;
@@ -266,7 +267,7 @@ impl Program {
     }
 }
 
-/// Starts the programs in turn, `runs` times after one that warms up; samples of each.
+/// Starts the programs in turns, `runs` times after one that warms up; samples of each.
 fn measure(
     programs: &[Program],
     runs: u32,
@@ -275,14 +276,32 @@ fn measure(
 ) -> Result<Vec<Vec<Sample>>> {
     let mut samples: Vec<Vec<Sample>> = programs.iter().map(|_| Vec::new()).collect();
     for turn in 0..=runs {
-        for (program, samples) in programs.iter().zip(&mut samples) {
+        for index in order(programs.len(), turn as usize) {
+            let (Some(program), Some(samples)) = (programs.get(index), samples.get_mut(index))
+            else {
+                continue;
+            };
             let sample = start(program, mark, patience)?;
             if turn > 0 {
                 samples.push(sample);
             }
+            std::thread::sleep(SETTLE);
         }
     }
     Ok(samples)
+}
+
+/// Time for the host's kernel to finish with a program that was killed (grace periods, freeing memory).
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// The order of `count` programs in a turn: a row of Williams's square. Who starts behind a program that leaves much to
+/// clean up pays for it, so in `count` turns each comes once behind each other (if `count` is even), and once first.
+fn order(count: usize, turn: usize) -> Vec<usize> {
+    let zigzag = (0..count).map(|i| match i % 2 {
+        0 => (count - i / 2) % count,
+        _ => i / 2 + 1,
+    });
+    zigzag.map(|place| (place + turn) % count).collect()
 }
 
 /// Starts a program, waits for the mark alone on a line, and kills it.
@@ -480,6 +499,26 @@ mod tests {
         let own = [sample(2.0), sample(40.0), sample(2.0)];
         let base = [sample(1.0), sample(20.0), sample(1.0)];
         assert_eq!(ratio(&own, &base), 2.0);
+    }
+
+    #[test]
+    fn each_program_starts_once_behind_each_other_one() {
+        for count in [2, 4] {
+            let mut pairs = std::collections::BTreeSet::new();
+            let mut firsts = std::collections::BTreeSet::new();
+            for turn in 0..count {
+                let order = order(count, turn);
+                let mut sorted = order.clone();
+                sorted.sort_unstable();
+                assert_eq!(sorted, (0..count).collect::<Vec<_>>());
+                firsts.insert(order[0]);
+                pairs.extend(order.windows(2).map(|pair| (pair[0], pair[1])));
+            }
+            assert_eq!(pairs.len(), count * (count - 1));
+            assert_eq!(firsts.len(), count);
+        }
+        assert_eq!(order(1, 5), [0]);
+        assert_eq!(order(3, 0).len(), 3);
     }
 
     #[test]

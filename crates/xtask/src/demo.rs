@@ -187,10 +187,11 @@ fn run_testbed(command: &[String], interactive: bool) -> Result<u8> {
     eprintln!(
         "    booting the emulated host first (some seconds; everything there is about 20 times slower)"
     );
-    testbed.run(command, &[], |output| {
+    let finish = testbed.run(command, &[], |output| {
         let mut stdout = std::io::stdout().lock();
         let _ = stdout.write_all(output).and_then(|()| stdout.flush());
-    })
+    })?;
+    Ok(finish.exit_status())
 }
 
 fn text(path: &Path) -> Result<String> {

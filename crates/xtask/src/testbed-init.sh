@@ -35,6 +35,17 @@ if [ -e /control/tty ]; then
 	$b umount $r/out /control
 	$b reboot -f
 else
+	if [ -e /control/beat ]; then
+		pause=$($b cat /control/beat)
+		(
+			n=0
+			while $b sleep "$pause"; do
+				n=$((n + 1))
+				echo $n >/control/beat
+			done
+		) &
+		beat=$!
+	fi
 	# Through a pipe: the port can be opened once only, and /dev/stdout is to be opened by anyone.
 	port=$(echo /dev/vport*p1)
 	$b mkfifo /output
@@ -45,7 +56,7 @@ else
 	# What the command left running would keep the pipe open.
 	for p in /proc/[0-9]*; do
 		p=${p#/proc/}
-		[ "$p" = 1 ] || [ "$p" = "$cat" ] || kill -9 "$p" 2>/dev/null
+		[ "$p" = 1 ] || [ "$p" = "$cat" ] || [ "$p" = "$beat" ] || kill -9 "$p" 2>/dev/null
 	done
 	wait $cat
 	$b sync

@@ -7,7 +7,7 @@
 use crate::apt;
 use crate::guest;
 use crate::host::{self, TempDir, shell_quote};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use std::ffi::OsString;
 use std::fs;
 use std::io::{IsTerminal, Read, Write};
@@ -18,6 +18,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// The exit status when the time was up, as that of timeout(1).
 const TIMED_OUT: u8 = 124;
+/// The emulated host writes a file every [`BEAT`] seconds. When it has not for so long, it hangs: nothing that a command
+/// there does may keep its init from running.
+const SILENCE: Duration = Duration::from_secs(180);
+const BEAT: u32 = 5;
 
 /// What the emulated host loads, in this order, with what each depends on.
 const MODULES: &[&str] = &[
@@ -104,12 +108,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     } else {
         Vec::new()
     };
-    let status = testbed.run(&command?, &stdin, |text| {
+    let finish = testbed.run(&command?, &stdin, |text| {
         let mut stdout = std::io::stdout().lock();
         // A reader that went away (`| head`) is no reason to stop before the command does.
         let _ = stdout.write_all(text).and_then(|()| stdout.flush());
     })?;
-    Ok(ExitCode::from(status))
+    Ok(ExitCode::from(finish.exit_status()))
 }
 
 /// An emulated host, which exists while one command runs on it.
@@ -147,18 +151,44 @@ impl Default for Testbed {
     }
 }
 
+/// How a run on the emulated host came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// The command ended, with this exit status.
+    Status(u8),
+    /// The limit was reached.
+    TimeUp,
+    /// The emulated host stopped giving signs of life, or ended by itself, before the command did.
+    HostDied,
+}
+
+impl Finish {
+    /// The command's, or 124 when it did not come to its end.
+    pub fn exit_status(self) -> u8 {
+        match self {
+            Finish::Status(status) => status,
+            Finish::TimeUp | Finish::HostDied => TIMED_OUT,
+        }
+    }
+}
+
 impl Testbed {
     /// Makes what every testbed needs, once, so that several can start at the same time.
     pub fn prepare() -> Result<()> {
         Machine::ensure().map(drop)
     }
 
-    /// Runs a command on the emulated host and returns its exit status, 124 when the time was up.
+    /// Runs a command on the emulated host. What keeps it from coming to its end is said on standard error.
     ///
     /// `stdin` is the command's whole standard input. `output` is called with what the command
     /// writes on standard output and standard error as it comes, but not with a terminal (`tty`),
     /// where the emulated host has ours.
-    pub fn run(&self, command: &[String], stdin: &[u8], output: impl FnMut(&[u8])) -> Result<u8> {
+    pub fn run(
+        &self,
+        command: &[String],
+        stdin: &[u8],
+        output: impl FnMut(&[u8]),
+    ) -> Result<Finish> {
         let machine = Machine::ensure()?;
         let temp = TempDir::new(&std::env::temp_dir(), "husk-testbed")?;
         let control = temp.path().join("control");
@@ -181,22 +211,43 @@ impl Testbed {
         };
         fs::write(control.join(name), content)
             .with_context(|| format!("cannot write in {}", control.display()))?;
+        if self.has_heartbeat() {
+            fs::write(control.join("beat"), BEAT.to_string())
+                .with_context(|| format!("cannot write in {}", control.display()))?;
+        }
         let ended = self.boot(&machine, &control, &out, filter, output)?;
         let told = fs::read_to_string(control.join("rc")).ok();
+        let last_words = || {
+            let log = fs::read(control.join("kernel.log")).unwrap_or_default();
+            host::last_lines(&String::from_utf8_lossy(&log), 20)
+        };
         match (ended, told.and_then(|text| text.trim().parse::<u8>().ok())) {
-            (End::Status(status), _) | (End::Stopped, Some(status)) => Ok(status),
+            (End::Status(status), _) | (End::Stopped, Some(status)) => Ok(Finish::Status(status)),
             (End::TimeUp, _) => {
                 eprintln!("xtask: the testbed was stopped: its time was up");
-                Ok(TIMED_OUT)
+                Ok(Finish::TimeUp)
+            }
+            (End::Silent, _) => {
+                eprintln!(
+                    "xtask: the emulated host gave no sign of life for {} s and was stopped; its kernel's last words:\n{}",
+                    SILENCE.as_secs(),
+                    last_words()
+                );
+                Ok(Finish::HostDied)
             }
             (End::Stopped, None) => {
-                let log = fs::read(control.join("kernel.log")).unwrap_or_default();
-                bail!(
-                    "the emulated host ended before the command did; its kernel's last words:\n{}",
-                    host::last_lines(&String::from_utf8_lossy(&log), 20)
-                )
+                eprintln!(
+                    "xtask: the emulated host ended before the command did; its kernel's last words:\n{}",
+                    last_words()
+                );
+                Ok(Finish::HostDied)
             }
         }
+    }
+
+    /// Counted instructions are not to be spent on it, and a person at a terminal sees what hangs.
+    fn has_heartbeat(&self) -> bool {
+        !self.icount && !self.tty
     }
 
     /// The shell script that the emulated host runs.
@@ -238,7 +289,8 @@ impl Testbed {
         let mut qemu = self.command_line(machine, control, out)?;
         let saved = if self.tty { terminal_settings() } else { None };
         let mut child = qemu.spawn().context("cannot start QEMU")?;
-        let result = self.follow(&mut child, filter, output);
+        let pulse = Pulse::new(self.has_heartbeat().then(|| control.join("beat")));
+        let result = self.follow(&mut child, pulse, filter, output);
         // The command has ended and its folder is unmounted: there is nothing to shut down.
         let _ = child.kill();
         let _ = child.wait();
@@ -252,6 +304,7 @@ impl Testbed {
     fn follow(
         &self,
         child: &mut Child,
+        mut pulse: Pulse,
         mut filter: EndFilter,
         mut output: impl FnMut(&[u8]),
     ) -> Result<End> {
@@ -288,6 +341,9 @@ impl Testbed {
             }
             if end.is_some_and(|end| Instant::now() >= end) {
                 return Ok(End::TimeUp);
+            }
+            if pulse.is_gone(SILENCE) {
+                return Ok(End::Silent);
             }
         }
     }
@@ -358,6 +414,44 @@ enum End {
     Stopped,
     /// The time was up.
     TimeUp,
+    /// No sign of life.
+    Silent,
+}
+
+/// The emulated host's sign of life: a file whose content changes.
+struct Pulse {
+    file: Option<PathBuf>,
+    seen: Vec<u8>,
+    at: Instant,
+    look: Instant,
+}
+
+impl Pulse {
+    /// Without a file it is never gone.
+    fn new(file: Option<PathBuf>) -> Self {
+        let now = Instant::now();
+        Self {
+            file,
+            seen: Vec::new(),
+            at: now,
+            look: now,
+        }
+    }
+
+    /// Whether the file has not changed for `silence`. Cheap to call often: the file is read once a second.
+    fn is_gone(&mut self, silence: Duration) -> bool {
+        let Some(file) = &self.file else { return false };
+        let now = Instant::now();
+        if now >= self.look {
+            self.look = now + Duration::from_secs(1);
+            let content = fs::read(file).unwrap_or_default();
+            if content != self.seen {
+                self.seen = content;
+                self.at = now;
+            }
+        }
+        now.duration_since(self.at) >= silence
+    }
 }
 
 /// Finds the end mark in the command's output, and the exit status behind it.
@@ -537,6 +631,24 @@ mod tests {
             feed(&mut filter, b"a prompt> ", 100),
             (b"a prompt> ".to_vec(), None)
         );
+    }
+
+    #[test]
+    fn a_pulse_is_gone_when_its_file_does_not_change() {
+        let temp = TempDir::new(&std::env::temp_dir(), "husk-pulse").unwrap();
+        let file = temp.path().join("beat");
+        let mut pulse = Pulse::new(Some(file.clone()));
+        assert!(!pulse.is_gone(Duration::from_secs(60)));
+        assert!(pulse.is_gone(Duration::ZERO));
+        pulse.at = Instant::now() - Duration::from_secs(100);
+        assert!(pulse.is_gone(Duration::from_secs(60)));
+        fs::write(&file, "1").unwrap();
+        pulse.look = Instant::now();
+        assert!(!pulse.is_gone(Duration::from_secs(60)));
+        pulse.at = Instant::now() - Duration::from_secs(100);
+        pulse.look = Instant::now();
+        assert!(pulse.is_gone(Duration::from_secs(60)));
+        assert!(!Pulse::new(None).is_gone(Duration::ZERO));
     }
 
     #[test]
