@@ -28,8 +28,10 @@ pub trait BusDevice: Send + Sync {
 pub trait Interrupt: Send + Sync {
     /// Queue `index` has used buffers.
     fn queue(&self, index: u16);
-    /// The configuration space changed, or the device needs a reset.
+    /// The configuration space changed.
     fn config(&self);
+    /// The device cannot go on: the status says DEVICE_NEEDS_RESET from now on, until the driver resets the device.
+    fn needs_reset(&self);
 }
 
 struct Range {

@@ -43,6 +43,12 @@ pub enum Error {
     /// Command line has a NUL.
     #[error("the kernel command line has a NUL at byte {0}; remove it from --cmdline")]
     BootArgsNul(usize),
+    /// A device's name.
+    #[error("{0:?} is no name for a device; use 1 to 64 letters, digits and _")]
+    DeviceId(String),
+    /// A device cannot be as it is configured.
+    #[error("the device {0} {1}")]
+    Device(String, String),
     /// Not a size.
     #[error("{0:?} is not a memory size; write for example 512M or 2G (a bare number is MiB)")]
     Size(String),

@@ -7,9 +7,14 @@
 //! nothing here has a second copy elsewhere: a device or a boot reads what it needs from [`VmConfig`].
 #![forbid(unsafe_code)]
 
+mod devices;
 mod error;
 mod size;
 
+pub use devices::{
+    Balloon, CacheType, Drive, Entropy, Forward, IoEngine, MAX_QUEUES, NetworkInterface,
+    RateLimiter, TokenBucket, UserNetwork, Vsock,
+};
 pub use error::Error;
 pub use size::parse_mib;
 
@@ -50,6 +55,24 @@ pub struct VmConfig {
     /// What a reboot by the guest does.
     #[serde(default)]
     pub on_reboot: OnReboot,
+    /// Disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drives: Vec<Drive>,
+    /// Network interfaces.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network_interfaces: Vec<NetworkInterface>,
+    /// Sockets between host and guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
+    /// A source of random bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<Entropy>,
+    /// Memory that the guest gives back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
+    /// Devices are on PCI instead of MMIO.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pci: bool,
 }
 
 /// The kernel, its initrd and its command line.
@@ -171,7 +194,32 @@ impl VmConfig {
         if let Some(at) = args.find('\0') {
             return Err(Error::BootArgsNul(at));
         }
-        Ok(())
+        self.validate_devices()
+    }
+
+    fn validate_devices(&self) -> Result<(), Error> {
+        let mut ids = Vec::new();
+        for drive in &self.drives {
+            drive.validate()?;
+            ids.push(&drive.drive_id);
+        }
+        for interface in &self.network_interfaces {
+            interface.validate()?;
+            ids.push(&interface.iface_id);
+        }
+        for (at, id) in ids.iter().enumerate() {
+            if ids.iter().take(at).any(|other| other == id) {
+                return Err(Error::Device(
+                    (*id).clone(),
+                    "is there twice: give each device a name of its own".into(),
+                ));
+            }
+        }
+        if let Some(second) = self.drives.iter().filter(|d| d.is_root_device).nth(1) {
+            let why = "is a second root device: mark one only";
+            return Err(Error::Device(second.drive_id.clone(), why.into()));
+        }
+        self.vsock.iter().try_for_each(Vsock::validate)
     }
 }
 
@@ -179,6 +227,35 @@ impl VmConfig {
 fn object<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> Result<T, D::Error> {
     let fields = serde_json::Map::deserialize(deserializer)?;
     T::deserialize(serde_json::Value::Object(fields)).map_err(serde::de::Error::custom)
+}
+
+/// What may be changed of a device while the VM runs. Absent fields stay as they are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceUpdate {
+    /// A disk.
+    Disk {
+        /// Go on with this file or block device; the same path again reads its size anew.
+        path: Option<PathBuf>,
+        /// Limits, from now on.
+        rate_limiter: Option<RateLimiter>,
+    },
+    /// A network interface.
+    Network {
+        /// Limits on what the guest receives, from now on.
+        rx_rate_limiter: Option<RateLimiter>,
+        /// Limits on what the guest sends, from now on.
+        tx_rate_limiter: Option<RateLimiter>,
+        /// The cable is plugged in, or pulled out.
+        link_up: Option<bool>,
+    },
+    /// The balloon.
+    Balloon {
+        /// Memory that the guest is to give back, in MiB.
+        amount_mib: Option<u32>,
+        /// How often the guest reports statistics, in seconds.
+        stats_polling_interval_s: Option<u16>,
+    },
 }
 
 /// What may be asked of the monitor. One state machine in `husk-vmm` answers all of them.

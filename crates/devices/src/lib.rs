@@ -1,14 +1,23 @@
 //! The devices of a Husk VM, each driven only through [`husk_bus::BusDevice`], event fds and the traits
 //! in this crate, so that every one of them runs and is tested without `/dev/kvm`.
 //!
-//! **Architecture Invariant:** no KVM, no file descriptors but event fds, no threads: what must wait for
+//! The platform's devices ([`serial`], [`power`], [`i8042`], [`pvpanic`]) are registers on a bus; the others are virtio devices
+//! ([`husk_virtio::VirtioDevice`]).
+//!
+//! **Architecture Invariant:** no KVM, and no thread is started here. The platform's devices open nothing; what must wait for
 //! the host does so behind a trait that the caller implements.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)] // but for the corners that hand guest memory to system calls, in `block` and `net`
 
+pub mod balloon;
+pub mod block;
+pub mod entropy;
 pub mod i8042;
+pub mod net;
 pub mod power;
 pub mod pvpanic;
+pub mod rate_limiter;
 pub mod serial;
+pub mod vsock;
 
 use vmm_sys_util::eventfd::EventFd;
 

@@ -1,0 +1,466 @@
+//! Split virtqueues (2.7), the device's side.
+//!
+//! rust-vmm's virtio-queue ends a chain silently where a descriptor is bad, and publishes used buffers one by one. Here a bad
+//! chain is an error, for the device to ask for a reset, and used buffers are published, and the driver is interrupted, once
+//! for a batch.
+
+use crate::GuestMemory;
+use husk_bus::Interrupt;
+use std::num::Wrapping;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use virtio_bindings::bindings::virtio_ring::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    VRING_USED_F_NO_NOTIFY,
+};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Most buffers that one chain may have. Drivers keep to what the device's configuration says, which is less.
+pub const MAX_BUFFERS: usize = 1024;
+
+const DESCRIPTOR_SIZE: u64 = 16;
+/// Offset of the ring in the available and the used ring, behind flags and index.
+const RING: u64 = 4;
+
+/// What a driver did wrong with a queue.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// Not in guest memory.
+    #[error("an address outside guest memory")]
+    Memory(#[from] GuestMemoryError),
+    /// The table or a ring is not in guest memory, or not aligned (2.7), or the size is no power of two or too large.
+    #[error("{what} at {address:#x} for {size} descriptors is misaligned or outside guest memory")]
+    Layout {
+        /// Table or ring.
+        what: &'static str,
+        /// Its guest-physical address.
+        address: u64,
+        /// The queue's size.
+        size: u16,
+    },
+    /// More buffers made available than the queue has descriptors.
+    #[error("the available index is {0} ahead, more than the queue's size")]
+    AvailableIndex(u16),
+    /// A descriptor's number is not below the size of its table.
+    #[error("descriptor {0} does not exist")]
+    NoDescriptor(u16),
+    /// A loop, or a chain that no driver needs.
+    #[error("a descriptor chain is longer than {0}")]
+    TooLong(usize),
+    /// 2.7.4.2: all readable buffers come first.
+    #[error("a buffer to read comes after one to write")]
+    Order,
+    /// 2.7.5.3.1: not nested, nor followed by others, and not empty.
+    #[error(
+        "a table of indirect descriptors of {0} bytes is empty, cut off, nested, or not the last"
+    )]
+    Indirect(u32),
+    /// A buffer that is not in guest memory.
+    #[error("a buffer of {size:#x} bytes at {address:#x} is outside guest memory")]
+    Buffer {
+        /// Guest-physical address.
+        address: u64,
+        /// Length in bytes.
+        size: u32,
+    },
+}
+
+/// Where a queue is and how far it has come: what a snapshot holds of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueState {
+    /// Number of descriptors.
+    pub size: u16,
+    /// Guest-physical address of the descriptor table.
+    pub descriptors: u64,
+    /// Guest-physical address of the available ring ("driver area").
+    pub available: u64,
+    /// Guest-physical address of the used ring ("device area").
+    pub used: u64,
+    /// Chains taken so far, modulo 65536.
+    pub next_available: u16,
+    /// Chains given back so far, modulo 65536.
+    pub next_used: u16,
+}
+
+impl QueueState {
+    /// Check that a device may use the queue: sizes, alignment (2.7), and that table and rings lie in memory.
+    pub fn check(&self, mem: &GuestMemory) -> Result<(), QueueError> {
+        let size = self.size;
+        let n = u64::from(size);
+        // Rings end in the event index of 2.7.6 and 2.7.8, whether or not it is negotiated.
+        for (what, address, align, length) in [
+            (
+                "the descriptor table",
+                self.descriptors,
+                16,
+                n * DESCRIPTOR_SIZE,
+            ),
+            ("the available ring", self.available, 2, RING + n * 2 + 2),
+            ("the used ring", self.used, 4, RING + n * 8 + 2),
+        ] {
+            let inside = mem
+                .get_slice(GuestAddress(address), length as usize)
+                .is_ok();
+            if !size.is_power_of_two() || size > 32768 || address % align != 0 || !inside {
+                return Err(QueueError::Layout {
+                    what,
+                    address,
+                    size,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A part of guest memory that a driver lent, all of it in one region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buffer {
+    /// Guest-physical address.
+    pub address: GuestAddress,
+    /// Length in bytes, not 0.
+    pub length: u32,
+}
+
+/// A descriptor chain: what the device may read, then what it may write. Keep one and use it again: it then allocates nothing.
+#[derive(Debug, Default)]
+pub struct Chain {
+    /// What gives it back: see [`ActiveQueue::add_used`].
+    pub head: u16,
+    /// Buffers to read, in order.
+    pub readable: Vec<Buffer>,
+    /// Buffers to write, in order.
+    pub writable: Vec<Buffer>,
+}
+
+impl Chain {
+    /// Bytes that may be read.
+    pub fn readable_length(&self) -> u64 {
+        length(&self.readable)
+    }
+
+    /// Bytes that may be written.
+    pub fn writable_length(&self) -> u64 {
+        length(&self.writable)
+    }
+
+    /// Copy out of the readable bytes from `offset` on; the number of bytes that were there.
+    pub fn read(
+        &self,
+        mem: &GuestMemory,
+        offset: u64,
+        data: &mut [u8],
+    ) -> Result<usize, QueueError> {
+        let mut done = 0;
+        for (buffer, skip) in from(&self.readable, offset) {
+            let rest = data.get_mut(done..).unwrap_or_default();
+            let count = rest.len().min((buffer.length - skip) as usize);
+            if count == 0 {
+                break;
+            }
+            let address = GuestAddress(buffer.address.0 + u64::from(skip));
+            mem.read_slice(rest.get_mut(..count).unwrap_or_default(), address)?;
+            done += count;
+        }
+        Ok(done)
+    }
+
+    /// Copy to the writable bytes from `offset` on; the number of bytes that had room.
+    pub fn write(&self, mem: &GuestMemory, offset: u64, data: &[u8]) -> Result<usize, QueueError> {
+        let mut done = 0;
+        for (buffer, skip) in from(&self.writable, offset) {
+            let rest = data.get(done..).unwrap_or_default();
+            let count = rest.len().min((buffer.length - skip) as usize);
+            if count == 0 {
+                break;
+            }
+            let address = GuestAddress(buffer.address.0 + u64::from(skip));
+            mem.write_slice(rest.get(..count).unwrap_or_default(), address)?;
+            done += count;
+        }
+        Ok(done)
+    }
+}
+
+fn length(buffers: &[Buffer]) -> u64 {
+    buffers.iter().map(|buffer| u64::from(buffer.length)).sum()
+}
+
+/// The buffers that hold what is behind the first `offset` bytes, the first of them with the bytes of it to skip.
+pub fn from(buffers: &[Buffer], offset: u64) -> impl Iterator<Item = (Buffer, u32)> {
+    let mut skip = offset;
+    buffers.iter().filter_map(move |buffer| {
+        let length = u64::from(buffer.length);
+        let own = skip.min(length);
+        skip -= own;
+        (own < length).then_some((*buffer, own as u32))
+    })
+}
+
+/// A queue in use by a device. It belongs to the device from `start` to `stop`.
+pub struct ActiveQueue {
+    index: u16,
+    mem: GuestMemory,
+    kick: Arc<EventFd>,
+    irq: Arc<dyn Interrupt>,
+    state: QueueState,
+    event_idx: bool,
+    /// The available index when it was last read.
+    available: Wrapping<u16>,
+    next_available: Wrapping<u16>,
+    next_used: Wrapping<u16>,
+    /// The used index that the driver knows.
+    published: Wrapping<u16>,
+}
+
+/// One descriptor (2.7.5).
+struct Descriptor {
+    address: u64,
+    length: u32,
+    flags: u32,
+    next: u16,
+}
+
+impl ActiveQueue {
+    /// Queue number `index` of its device, in `mem`. `event_idx`: whether EVENT_IDX was negotiated.
+    pub fn new(
+        index: u16,
+        state: QueueState,
+        event_idx: bool,
+        mem: GuestMemory,
+        (kick, irq): (Arc<EventFd>, Arc<dyn Interrupt>),
+    ) -> Result<Self, QueueError> {
+        state.check(&mem)?;
+        Ok(Self {
+            index,
+            mem,
+            kick,
+            irq,
+            state,
+            event_idx,
+            available: Wrapping(state.next_available),
+            next_available: Wrapping(state.next_available),
+            next_used: Wrapping(state.next_used),
+            published: Wrapping(state.next_used),
+        })
+    }
+
+    /// Its number within the device.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// The memory that it and its buffers lie in.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.mem
+    }
+
+    /// Becomes readable when the driver has made buffers available.
+    pub fn kick(&self) -> &Arc<EventFd> {
+        &self.kick
+    }
+
+    /// How the device interrupts its driver.
+    pub fn interrupt(&self) -> &Arc<dyn Interrupt> {
+        &self.irq
+    }
+
+    /// Where it is and how far it has come. What was added but not flushed is not given back yet.
+    pub fn state(&self) -> QueueState {
+        QueueState {
+            next_available: self.next_available.0,
+            next_used: self.next_used.0,
+            ..self.state
+        }
+    }
+
+    /// Take the next available chain into `chain`; false when there is none. After an error the queue is of no more use:
+    /// nobody knows what the driver meant.
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
+        chain.readable.clear();
+        chain.writable.clear();
+        if self.next_available == self.available && !self.look()? {
+            return Ok(false);
+        }
+        let slot = self.next_available.0 & (self.state.size - 1);
+        let entry = self.state.available + RING + 2 * u64::from(slot);
+        let head: u16 = self.mem.load(GuestAddress(entry), Ordering::Relaxed)?;
+        chain.head = u16::from_le(head);
+        self.walk(chain)?;
+        self.next_available += 1;
+        Ok(true)
+    }
+
+    /// Put back the chain that was popped last: it will be popped again. For what has to wait.
+    pub fn undo_pop(&mut self) {
+        self.next_available -= 1;
+    }
+
+    /// How many chains are waiting to be popped.
+    pub fn waiting(&mut self) -> Result<u16, QueueError> {
+        self.look()?;
+        Ok((self.available - self.next_available).0)
+    }
+
+    /// Read the available index; whether there is more than was taken.
+    fn look(&mut self) -> Result<bool, QueueError> {
+        let index = GuestAddress(self.state.available + 2);
+        let index: u16 = self.mem.load(index, Ordering::Acquire)?;
+        self.available = Wrapping(u16::from_le(index));
+        let ahead = (self.available - self.next_available).0;
+        if ahead > self.state.size {
+            return Err(QueueError::AvailableIndex(ahead));
+        }
+        Ok(ahead > 0)
+    }
+
+    fn walk(&self, chain: &mut Chain) -> Result<(), QueueError> {
+        let (mut table, mut size) = (self.state.descriptors, self.state.size);
+        let mut indirect = false;
+        let mut next = chain.head;
+        let mut left = usize::from(size);
+        loop {
+            if next >= size {
+                return Err(QueueError::NoDescriptor(next));
+            }
+            let descriptor = self.descriptor(table, next)?;
+            if descriptor.flags & VRING_DESC_F_INDIRECT != 0 {
+                let entries = u64::from(descriptor.length) / DESCRIPTOR_SIZE;
+                let whole = entries * DESCRIPTOR_SIZE == u64::from(descriptor.length);
+                let last = descriptor.flags & VRING_DESC_F_NEXT == 0;
+                if indirect || !whole || !last || entries == 0 || entries > u64::from(u16::MAX) {
+                    return Err(QueueError::Indirect(descriptor.length));
+                }
+                indirect = true;
+                self.check_buffer(descriptor.address, descriptor.length)?;
+                (table, size, next) = (descriptor.address, entries as u16, 0);
+                left = usize::from(size).min(MAX_BUFFERS);
+                continue;
+            }
+            left = left.checked_sub(1).ok_or(QueueError::TooLong(
+                chain.readable.len() + chain.writable.len(),
+            ))?;
+            self.push(chain, &descriptor)?;
+            if descriptor.flags & VRING_DESC_F_NEXT == 0 {
+                return Ok(());
+            }
+            next = descriptor.next;
+        }
+    }
+
+    fn push(&self, chain: &mut Chain, descriptor: &Descriptor) -> Result<(), QueueError> {
+        let Descriptor {
+            address, length, ..
+        } = *descriptor;
+        let writable = descriptor.flags & VRING_DESC_F_WRITE != 0;
+        if !writable && !chain.writable.is_empty() {
+            return Err(QueueError::Order);
+        }
+        if length == 0 {
+            return Ok(());
+        }
+        if chain.readable.len() + chain.writable.len() >= MAX_BUFFERS {
+            return Err(QueueError::TooLong(MAX_BUFFERS));
+        }
+        self.check_buffer(address, length)?;
+        let buffers = match writable {
+            true => &mut chain.writable,
+            false => &mut chain.readable,
+        };
+        buffers.push(Buffer {
+            address: GuestAddress(address),
+            length,
+        });
+        Ok(())
+    }
+
+    fn check_buffer(&self, address: u64, size: u32) -> Result<(), QueueError> {
+        match self.mem.get_slice(GuestAddress(address), size as usize) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(QueueError::Buffer { address, size }),
+        }
+    }
+
+    fn descriptor(&self, table: u64, index: u16) -> Result<Descriptor, QueueError> {
+        // The table was checked to lie in memory, so this does not wrap.
+        let address = GuestAddress(table + u64::from(index) * DESCRIPTOR_SIZE);
+        let [low, high]: [u64; 2] = self.mem.read_obj(address)?;
+        let high = u64::from_le(high);
+        Ok(Descriptor {
+            address: u64::from_le(low),
+            length: high as u32,
+            flags: (high >> 32) as u32 & 0xffff,
+            next: (high >> 48) as u16,
+        })
+    }
+
+    /// Give a chain back after `written` bytes were written into it. The driver sees it at the next [`ActiveQueue::flush`].
+    pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        let slot = self.next_used.0 & (self.state.size - 1);
+        let entry = GuestAddress(self.state.used + RING + 8 * u64::from(slot));
+        let element = u64::from(head) | u64::from(written) << 32;
+        self.mem.write_obj(element.to_le(), entry)?;
+        self.next_used += 1;
+        Ok(())
+    }
+
+    /// Show the driver what was added, and interrupt it if it wants that.
+    pub fn flush(&mut self) -> Result<(), QueueError> {
+        if self.publish()? {
+            self.irq.queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// As [`ActiveQueue::flush`], but the caller interrupts: true when the driver wants it.
+    pub fn publish(&mut self) -> Result<bool, QueueError> {
+        let (new, old) = (self.next_used, self.published);
+        if new == old {
+            return Ok(false);
+        }
+        let index = GuestAddress(self.state.used + 2);
+        self.mem.store(new.0.to_le(), index, Ordering::Release)?;
+        self.published = new;
+        // The driver writes its event index or flag, then looks at the used index; this is the other half.
+        fence(Ordering::SeqCst);
+        if self.event_idx {
+            let event = self.state.available + RING + 2 * u64::from(self.state.size);
+            let event: u16 = self.mem.load(GuestAddress(event), Ordering::Relaxed)?;
+            // 2.7.10: the index passed the event index with this batch.
+            let event = Wrapping(u16::from_le(event));
+            return Ok((new - event - Wrapping(1)) < (new - old));
+        }
+        let flags = GuestAddress(self.state.available);
+        let flags: u16 = self.mem.load(flags, Ordering::Relaxed)?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    /// Ask the driver for a kick at its next available buffer; true when there are some already, for which it may not kick.
+    pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
+        if self.event_idx {
+            let event = self.state.used + RING + 8 * u64::from(self.state.size);
+            let next = self.next_available.0.to_le();
+            self.mem
+                .store(next, GuestAddress(event), Ordering::Relaxed)?;
+        } else {
+            self.set_used_flags(0)?;
+        }
+        fence(Ordering::SeqCst);
+        self.look()
+    }
+
+    /// Tell the driver that kicks are not needed. Only advice; with EVENT_IDX no kick comes anyway until
+    /// [`ActiveQueue::enable_kicks`].
+    pub fn disable_kicks(&mut self) -> Result<(), QueueError> {
+        match self.event_idx {
+            true => Ok(()),
+            false => self.set_used_flags(VRING_USED_F_NO_NOTIFY as u16),
+        }
+    }
+
+    fn set_used_flags(&self, flags: u16) -> Result<(), QueueError> {
+        let address = GuestAddress(self.state.used);
+        Ok(self.mem.store(flags.to_le(), address, Ordering::Relaxed)?)
+    }
+}

@@ -1,0 +1,488 @@
+//! What all transports have in common: the status machine (2.1, 3.1), features (2.2), queue set-up, and where the device is.
+
+use crate::device::{ConfigSpace, DeviceInfo, VirtioDevice};
+use crate::queue::{ActiveQueue, QueueState};
+use crate::thread::{DeviceThread, RunningId};
+use crate::{F_EVENT_IDX, F_RING_RESET, F_VERSION_1, GuestMemory, RING_FEATURES};
+use husk_bus::Interrupt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use virtio_bindings::bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
+};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+const ACKNOWLEDGE: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
+const DRIVER: u8 = VIRTIO_CONFIG_S_DRIVER as u8;
+const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
+const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
+const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
+const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
+
+/// The order in which a driver sets the status bits (3.1.1): each needs those before it.
+const ORDER: [u8; 4] = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
+
+/// One of the three parts of a queue in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ring {
+    /// The descriptor table.
+    Descriptors,
+    /// The available ring, "driver area".
+    Available,
+    /// The used ring, "device area".
+    Used,
+}
+
+/// A queue as the driver has set it up so far.
+struct Setup {
+    max_size: u16,
+    state: QueueState,
+    enabled: bool,
+    kick: Arc<EventFd>,
+}
+
+/// Where the device is.
+enum Place {
+    /// Here, stopped.
+    Here(Box<dyn VirtioDevice>),
+    /// On the I/O thread, started.
+    Running(RunningId),
+    /// The I/O thread has died with it.
+    Lost,
+}
+
+/// A device's interrupt with the flag that the status register shows.
+struct Signals {
+    interrupt: Arc<dyn Interrupt>,
+    needs_reset: AtomicBool,
+}
+
+impl Interrupt for Signals {
+    fn queue(&self, index: u16) {
+        self.interrupt.queue(index);
+    }
+
+    fn config(&self) {
+        self.interrupt.config();
+    }
+
+    fn needs_reset(&self) {
+        self.needs_reset.store(true, Ordering::Release);
+        self.interrupt.needs_reset();
+    }
+}
+
+/// The device's side of a transport, without its registers. A transport keeps it behind one lock, which is taken on vCPU
+/// threads and on the main thread, never on an I/O thread.
+pub struct Core {
+    id: u32,
+    offered: u64,
+    config: Arc<ConfigSpace>,
+    status: u8,
+    accepted: u64,
+    queues: Vec<Setup>,
+    place: Place,
+    thread: Arc<DeviceThread>,
+    mem: GuestMemory,
+    signals: Arc<Signals>,
+}
+
+impl Core {
+    /// For `device`, which runs on `thread` when its driver is ready. Fails only when the host has no more descriptors.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        thread: Arc<DeviceThread>,
+        mem: GuestMemory,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> std::io::Result<Self> {
+        let DeviceInfo {
+            id,
+            features,
+            queue_sizes,
+            config,
+        } = device.info();
+        let queues = queue_sizes.iter().map(|&max_size| {
+            Ok(Setup {
+                max_size,
+                state: QueueState::default(),
+                enabled: false,
+                kick: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
+            })
+        });
+        let mut core = Self {
+            id,
+            offered: features | RING_FEATURES,
+            config,
+            status: 0,
+            accepted: 0,
+            queues: queues.collect::<std::io::Result<_>>()?,
+            place: Place::Here(device),
+            thread,
+            mem,
+            signals: Arc::new(Signals {
+                interrupt,
+                needs_reset: AtomicBool::new(false),
+            }),
+        };
+        core.forget_driver();
+        Ok(core)
+    }
+
+    /// virtio device ID (5).
+    pub fn device_id(&self) -> u32 {
+        self.id
+    }
+
+    /// Number of queues.
+    pub fn queue_count(&self) -> u16 {
+        self.queues.len() as u16
+    }
+
+    /// The device status field (2.1).
+    pub fn status(&self) -> u8 {
+        match self.signals.needs_reset.load(Ordering::Acquire) {
+            true => self.status | NEEDS_RESET,
+            false => self.status,
+        }
+    }
+
+    /// The driver writes the status: 0 resets, and returns when the device has stopped; other values only ever add bits, in
+    /// order. What a driver may not write is ignored.
+    pub fn set_status(&mut self, value: u8) {
+        if value == 0 {
+            return self.reset();
+        }
+        if value & FAILED != 0 {
+            self.stop();
+            self.status |= FAILED;
+            return;
+        }
+        for (place, bit) in ORDER.into_iter().enumerate() {
+            let before: u8 = ORDER.iter().take(place).sum();
+            let new = value & bit != 0 && self.status & bit == 0;
+            if !new || self.status & before != before || self.status & FAILED != 0 {
+                continue;
+            }
+            match bit {
+                FEATURES_OK if !self.features_are_valid() => {}
+                DRIVER_OK => {
+                    self.status |= bit;
+                    self.start();
+                }
+                _ => self.status |= bit,
+            }
+        }
+    }
+
+    /// 2.2: not more than was offered, and no legacy driver.
+    fn features_are_valid(&self) -> bool {
+        self.accepted & !self.offered == 0 && self.accepted & F_VERSION_1 != 0
+    }
+
+    /// Bits 0–31 (`select` 0) or 32–63 (1) of the features that the device offers, else 0.
+    pub fn device_features(&self, select: u32) -> u32 {
+        match select {
+            0 => self.offered as u32,
+            1 => (self.offered >> 32) as u32,
+            _ => 0,
+        }
+    }
+
+    /// The same bits of what the driver has accepted.
+    pub fn driver_features(&self, select: u32) -> u32 {
+        match select {
+            0 => self.accepted as u32,
+            1 => (self.accepted >> 32) as u32,
+            _ => 0,
+        }
+    }
+
+    /// The driver accepts features; not any more after FEATURES_OK.
+    pub fn set_driver_features(&mut self, select: u32, value: u32) {
+        let shift = match select {
+            0 => 0,
+            1 => 32,
+            _ => return,
+        };
+        if self.status & DRIVER != 0 && self.status & FEATURES_OK == 0 {
+            self.accepted &= !(0xffff_ffff << shift);
+            self.accepted |= u64::from(value) << shift;
+        }
+    }
+
+    /// Largest size of a queue; 0 when there is none of that number.
+    pub fn queue_max_size(&self, index: u16) -> u16 {
+        self.queues
+            .get(usize::from(index))
+            .map_or(0, |queue| queue.max_size)
+    }
+
+    /// The size that the driver has chosen.
+    pub fn queue_size(&self, index: u16) -> u16 {
+        self.queues
+            .get(usize::from(index))
+            .map_or(0, |queue| queue.state.size)
+    }
+
+    /// Whether the driver has enabled a queue.
+    pub fn is_queue_enabled(&self, index: u16) -> bool {
+        self.queues
+            .get(usize::from(index))
+            .is_some_and(|queue| queue.enabled)
+    }
+
+    /// Guest-physical address of a part of a queue, as the driver has set it.
+    pub fn queue_address(&self, index: u16, ring: Ring) -> u64 {
+        let queue = self.queues.get(usize::from(index));
+        queue.map_or(0, |queue| match ring {
+            Ring::Descriptors => queue.state.descriptors,
+            Ring::Available => queue.state.available,
+            Ring::Used => queue.state.used,
+        })
+    }
+
+    /// The driver chooses a size. Any number is taken; it is checked when the queue comes into use.
+    pub fn set_queue_size(&mut self, index: u16, size: u16) {
+        if let Some(queue) = self.queue_in_setup(index) {
+            queue.state.size = size;
+        }
+    }
+
+    /// The driver says where a part of a queue lies. `high`: the upper 32 bits of the address.
+    pub fn set_queue_address(&mut self, index: u16, ring: Ring, high: bool, value: u32) {
+        let Some(queue) = self.queue_in_setup(index) else {
+            return;
+        };
+        let address = match ring {
+            Ring::Descriptors => &mut queue.state.descriptors,
+            Ring::Available => &mut queue.state.available,
+            Ring::Used => &mut queue.state.used,
+        };
+        let shift = if high { 32 } else { 0 };
+        *address = *address & !(0xffff_ffff << shift) | u64::from(value) << shift;
+    }
+
+    /// A queue that may be changed: the driver is there, and it is not enabled.
+    fn queue_in_setup(&mut self, index: u16) -> Option<&mut Setup> {
+        // 3.1.1: queues are set up after FEATURES_OK; a queue that was reset alone, at any time.
+        let ready = self.status & FEATURES_OK != 0 && self.status & FAILED == 0;
+        self.queues
+            .get_mut(usize::from(index))
+            .filter(|queue| ready && !queue.enabled)
+    }
+
+    /// The driver enables a queue.
+    pub fn enable_queue(&mut self, index: u16) {
+        let Some(queue) = self.queue_in_setup(index) else {
+            return;
+        };
+        queue.enabled = true;
+        // Enabled at DRIVER_OK; later only when it was reset before.
+        if let Place::Running(id) = self.place {
+            match self.active_queue(index) {
+                Some(queue) if self.accepted & F_RING_RESET != 0 => {
+                    if self.thread.enable_queue(id, queue).is_err() {
+                        self.lose();
+                    }
+                }
+                _ => self.signals.needs_reset(),
+            }
+        }
+    }
+
+    /// The driver disables a queue without a reset, which only an MMIO transport lets it, and only before DRIVER_OK.
+    pub fn disable_queue(&mut self, index: u16) {
+        if self.status & DRIVER_OK == 0
+            && let Some(queue) = self.queues.get_mut(usize::from(index))
+        {
+            queue.enabled = false;
+        }
+    }
+
+    /// The driver resets one queue (2.6.1); returns when the device does not use it any more.
+    pub fn reset_queue(&mut self, index: u16) {
+        if self.accepted & F_RING_RESET == 0 || !self.is_queue_enabled(index) {
+            return;
+        }
+        if let Place::Running(id) = self.place {
+            let given_up = self
+                .thread
+                .with_device(id, move |device| drop(device.reset_queue(index)));
+            if given_up.is_err() {
+                self.lose();
+            }
+        }
+        if let Some(queue) = self.queues.get_mut(usize::from(index)) {
+            queue.reset();
+        }
+    }
+
+    /// Fill `data` from the device's configuration space.
+    pub fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.config.read(offset, data);
+    }
+
+    /// The driver writes to the configuration space.
+    pub fn write_config(&mut self, offset: u64, data: &[u8]) {
+        match &mut self.place {
+            Place::Here(device) => device.write_config(offset, data),
+            Place::Running(id) => {
+                let data = data.to_vec();
+                let written = self
+                    .thread
+                    .with_device(*id, move |device| device.write_config(offset, &data));
+                if written.is_err() {
+                    self.lose();
+                }
+            }
+            Place::Lost => {}
+        }
+    }
+
+    /// Changes whenever the device changes its configuration space.
+    pub fn config_generation(&self) -> u8 {
+        self.config.generation()
+    }
+
+    /// The driver has made buffers available: what a doorbell does that KVM does not know.
+    pub fn kick(&self, index: u16) {
+        if let Some(queue) = self.queues.get(usize::from(index)) {
+            // At its maximum the counter is readable already.
+            let _ = queue.kick.write(1);
+        }
+    }
+
+    /// What is to become readable at a kick, queue by queue.
+    pub fn kicks(&self) -> impl Iterator<Item = (u16, &Arc<EventFd>)> {
+        (0..)
+            .zip(&self.queues)
+            .map(|(index, queue)| (index, &queue.kick))
+    }
+
+    /// Call `what` with the device, wherever it is; None when it was lost.
+    pub fn with_device<R: Send + 'static>(
+        &mut self,
+        what: impl FnOnce(&mut dyn VirtioDevice) -> R + Send + 'static,
+    ) -> Option<R> {
+        match &mut self.place {
+            Place::Here(device) => Some(what(device.as_mut())),
+            Place::Running(id) => self.thread.with_device(*id, what).ok(),
+            Place::Lost => None,
+        }
+    }
+
+    /// How the driver is interrupted; also sets DEVICE_NEEDS_RESET.
+    pub fn interrupt(&self) -> Arc<dyn Interrupt> {
+        Arc::clone(&self.signals) as Arc<dyn Interrupt>
+    }
+
+    fn start(&mut self) {
+        let place = std::mem::replace(&mut self.place, Place::Lost);
+        let Place::Here(device) = place else {
+            self.place = place;
+            return;
+        };
+        let enabled = self.queues.iter().filter(|queue| queue.enabled).count();
+        let queues: Vec<ActiveQueue> = (0..self.queue_count())
+            .filter_map(|index| self.active_queue(index))
+            .collect();
+        if queues.len() != enabled {
+            log::debug!("a virtio driver enabled a queue that is not in its memory");
+            self.place = Place::Here(device);
+            return self.signals.needs_reset();
+        }
+        let interrupt = self.interrupt();
+        let started = self
+            .thread
+            .start_device(device, self.accepted, queues, interrupt);
+        match started {
+            Ok(id) => {
+                self.place = Place::Running(id);
+                // Buffers may have been made available before anyone listened.
+                for (_, kick) in self.kicks() {
+                    let _ = kick.write(1);
+                }
+            }
+            Err((Some(device), why)) => {
+                log::debug!("a virtio device did not start: {why}");
+                self.place = Place::Here(device);
+                self.signals.needs_reset();
+            }
+            Err((None, why)) => {
+                log::error!("a virtio device was lost: {why}");
+                self.signals.needs_reset();
+            }
+        }
+    }
+
+    /// An enabled queue as the device uses it; None when it is not enabled or not usable.
+    fn active_queue(&self, index: u16) -> Option<ActiveQueue> {
+        let queue = self.queues.get(usize::from(index))?;
+        if !queue.enabled || queue.state.size > queue.max_size {
+            return None;
+        }
+        let event_idx = self.accepted & F_EVENT_IDX != 0;
+        let ends = (Arc::clone(&queue.kick), self.interrupt());
+        ActiveQueue::new(index, queue.state, event_idx, self.mem.clone(), ends)
+            .inspect_err(|e| log::debug!("a virtio queue cannot be used: {e}"))
+            .ok()
+    }
+
+    /// The device comes back from its thread, if it is there; where its queues came to is kept.
+    fn stop(&mut self) {
+        let Place::Running(id) = self.place else {
+            return;
+        };
+        match self.thread.stop_device(id) {
+            Ok((device, queues)) => {
+                self.place = Place::Here(device);
+                for queue in queues {
+                    if let Some(setup) = self.queues.get_mut(usize::from(queue.index())) {
+                        setup.state = queue.state();
+                    }
+                }
+            }
+            Err(_) => self.lose(),
+        }
+    }
+
+    fn lose(&mut self) {
+        log::error!("a virtio device was lost with its I/O thread");
+        self.place = Place::Lost;
+        self.signals.needs_reset();
+    }
+
+    fn reset(&mut self) {
+        self.stop();
+        self.forget_driver();
+    }
+
+    /// As it was before any driver came.
+    fn forget_driver(&mut self) {
+        self.status = 0;
+        self.accepted = 0;
+        for queue in &mut self.queues {
+            queue.reset();
+        }
+        let lost = matches!(self.place, Place::Lost);
+        self.signals.needs_reset.store(lost, Ordering::Release);
+    }
+}
+
+impl Setup {
+    fn reset(&mut self) {
+        self.enabled = false;
+        self.state = QueueState {
+            size: self.max_size,
+            ..QueueState::default()
+        };
+    }
+}
+
+impl Drop for Core {
+    /// The device is dropped here, not with the thread.
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

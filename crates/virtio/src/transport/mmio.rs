@@ -1,0 +1,244 @@
+//! virtio over MMIO (4.2): a page of registers, one interrupt line.
+
+use super::Doorbell;
+use super::core::{Core, Ring};
+use crate::GuestMemory;
+use crate::device::VirtioDevice;
+use crate::thread::DeviceThread;
+use husk_bus::{BusDevice, Interrupt};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Register offsets (4.2.2).
+mod register {
+    pub const MAGIC: u64 = 0x000;
+    pub const VERSION: u64 = 0x004;
+    pub const DEVICE_ID: u64 = 0x008;
+    pub const VENDOR_ID: u64 = 0x00c;
+    pub const DEVICE_FEATURES: u64 = 0x010;
+    pub const DEVICE_FEATURES_SEL: u64 = 0x014;
+    pub const DRIVER_FEATURES: u64 = 0x020;
+    pub const DRIVER_FEATURES_SEL: u64 = 0x024;
+    pub const QUEUE_SEL: u64 = 0x030;
+    pub const QUEUE_NUM_MAX: u64 = 0x034;
+    pub const QUEUE_NUM: u64 = 0x038;
+    pub const QUEUE_READY: u64 = 0x044;
+    pub const QUEUE_NOTIFY: u64 = 0x050;
+    pub const INTERRUPT_STATUS: u64 = 0x060;
+    pub const INTERRUPT_ACK: u64 = 0x064;
+    pub const STATUS: u64 = 0x070;
+    pub const QUEUE_DESC_LOW: u64 = 0x080;
+    pub const QUEUE_DESC_HIGH: u64 = 0x084;
+    pub const QUEUE_DRIVER_LOW: u64 = 0x090;
+    pub const QUEUE_DRIVER_HIGH: u64 = 0x094;
+    pub const QUEUE_DEVICE_LOW: u64 = 0x0a0;
+    pub const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
+    pub const SHM_LEN_LOW: u64 = 0x0b0;
+    pub const SHM_BASE_HIGH: u64 = 0x0bc;
+    pub const QUEUE_RESET: u64 = 0x0c0;
+    pub const CONFIG_GENERATION: u64 = 0x0fc;
+    pub const CONFIG: u64 = 0x100;
+}
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"HUSK");
+
+const INTERRUPT_VRING: u32 = 1;
+const INTERRUPT_CONFIG: u32 = 2;
+
+/// The interrupt line, and the register that says why it was raised.
+struct Line {
+    status: AtomicU32,
+    line: EventFd,
+}
+
+impl Line {
+    /// An edge, unless the driver has still to acknowledge one for the same cause: it looks at its queues after that.
+    fn raise(&self, cause: u32) {
+        if self.status.fetch_or(cause, Ordering::AcqRel) & cause == 0 {
+            // At its maximum the counter is pending already.
+            let _ = self.line.write(1);
+        }
+    }
+}
+
+impl Interrupt for Line {
+    fn queue(&self, _index: u16) {
+        self.raise(INTERRUPT_VRING);
+    }
+
+    fn config(&self) {
+        self.raise(INTERRUPT_CONFIG);
+    }
+
+    /// 2.1.2: the driver is told by a configuration change.
+    fn needs_reset(&self) {
+        self.raise(INTERRUPT_CONFIG);
+    }
+}
+
+/// A device behind a page of registers.
+pub struct MmioTransport {
+    line: Arc<Line>,
+    registers: Mutex<Registers>,
+}
+
+struct Registers {
+    core: Core,
+    device_features_select: u32,
+    driver_features_select: u32,
+    queue_select: u32,
+}
+
+impl MmioTransport {
+    /// Size of the registers in bytes.
+    pub const SIZE: u64 = 0x1000;
+
+    /// `device` with the interrupt line `line` (edges). It runs on `thread` while its driver uses it.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        thread: Arc<DeviceThread>,
+        mem: GuestMemory,
+        line: EventFd,
+    ) -> std::io::Result<Self> {
+        let line = Arc::new(Line {
+            status: AtomicU32::new(0),
+            line,
+        });
+        let core = Core::new(device, thread, mem, line.clone())?;
+        Ok(Self {
+            line,
+            registers: Mutex::new(Registers {
+                core,
+                device_features_select: 0,
+                driver_features_select: 0,
+                queue_select: 0,
+            }),
+        })
+    }
+
+    /// Writes that KVM can turn into kicks.
+    pub fn doorbells(&self) -> Vec<Doorbell> {
+        let registers = self.lock();
+        let doorbell = |(index, event): (u16, &Arc<EventFd>)| Doorbell {
+            offset: register::QUEUE_NOTIFY,
+            value: Some(index.into()),
+            event: Arc::clone(event),
+        };
+        registers.core.kicks().map(doorbell).collect()
+    }
+
+    /// Use the transport's core, with vCPUs kept out meanwhile.
+    pub fn with_core<R>(&self, what: impl FnOnce(&mut Core) -> R) -> R {
+        what(&mut self.lock().core)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BusDevice for MmioTransport {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        // Without the lock: on the way of every interrupt.
+        if offset == register::INTERRUPT_STATUS && data.len() == 4 {
+            let status = self.line.status.load(Ordering::Acquire);
+            return data.copy_from_slice(&status.to_le_bytes());
+        }
+        let registers = self.lock();
+        if let Some(offset) = offset.checked_sub(register::CONFIG) {
+            return registers.core.read_config(offset, data);
+        }
+        // 4.2.2.2: registers are read whole, aligned, and nothing else is defined.
+        match (offset % 4, data.len()) {
+            (0, 4) => data.copy_from_slice(&registers.read(offset, &self.line).to_le_bytes()),
+            _ => data.fill(0),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(register::CONFIG) {
+            return self.lock().core.write_config(offset, data);
+        }
+        let Ok(value) = data.try_into().map(u32::from_le_bytes) else {
+            return;
+        };
+        if offset == register::INTERRUPT_ACK {
+            self.line.status.fetch_and(!value, Ordering::AcqRel);
+            return;
+        }
+        let mut registers = self.lock();
+        if offset == register::STATUS && value == 0 {
+            registers.reset();
+            self.line.status.store(0, Ordering::Release);
+            return;
+        }
+        registers.write(offset, value);
+    }
+}
+
+impl Registers {
+    /// The selected queue; numbers that no queue can have select none.
+    fn queue(&self) -> u16 {
+        u16::try_from(self.queue_select).unwrap_or(u16::MAX)
+    }
+
+    fn read(&self, offset: u64, line: &Line) -> u32 {
+        let queue = self.queue();
+        match offset {
+            register::MAGIC => MAGIC,
+            register::VERSION => VERSION,
+            register::DEVICE_ID => self.core.device_id(),
+            register::VENDOR_ID => VENDOR,
+            register::DEVICE_FEATURES => self.core.device_features(self.device_features_select),
+            register::QUEUE_NUM_MAX => self.core.queue_max_size(queue).into(),
+            register::QUEUE_READY => self.core.is_queue_enabled(queue).into(),
+            register::INTERRUPT_STATUS => line.status.load(Ordering::Acquire),
+            register::STATUS => self.core.status().into(),
+            // No shared memory regions: length and base read as all ones (4.2.2).
+            register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
+            // A reset is done when the write returns.
+            register::QUEUE_RESET => 0,
+            register::CONFIG_GENERATION => self.core.config_generation().into(),
+            _ => 0,
+        }
+    }
+
+    fn write(&mut self, offset: u64, value: u32) {
+        let queue = self.queue();
+        let (core, ring) = (&mut self.core, Core::set_queue_address);
+        match offset {
+            register::DEVICE_FEATURES_SEL => self.device_features_select = value,
+            register::DRIVER_FEATURES_SEL => self.driver_features_select = value,
+            register::DRIVER_FEATURES => {
+                core.set_driver_features(self.driver_features_select, value);
+            }
+            register::QUEUE_SEL => self.queue_select = value,
+            // What does not fit is no size either: it fails when the queue is to be used.
+            register::QUEUE_NUM => core.set_queue_size(queue, u16::try_from(value).unwrap_or(0)),
+            register::QUEUE_READY if value == 1 => core.enable_queue(queue),
+            register::QUEUE_READY if value == 0 => core.disable_queue(queue),
+            register::QUEUE_NOTIFY => core.kick(u16::try_from(value).unwrap_or(u16::MAX)),
+            register::STATUS => core.set_status((value & 0xff) as u8),
+            register::QUEUE_DESC_LOW => ring(core, queue, Ring::Descriptors, false, value),
+            register::QUEUE_DESC_HIGH => ring(core, queue, Ring::Descriptors, true, value),
+            register::QUEUE_DRIVER_LOW => ring(core, queue, Ring::Available, false, value),
+            register::QUEUE_DRIVER_HIGH => ring(core, queue, Ring::Available, true, value),
+            register::QUEUE_DEVICE_LOW => ring(core, queue, Ring::Used, false, value),
+            register::QUEUE_DEVICE_HIGH => ring(core, queue, Ring::Used, true, value),
+            register::QUEUE_RESET if value == 1 => core.reset_queue(queue),
+            _ => {}
+        }
+    }
+
+    fn reset(&mut self) {
+        self.core.set_status(0);
+        self.device_features_select = 0;
+        self.driver_features_select = 0;
+        self.queue_select = 0;
+    }
+}
