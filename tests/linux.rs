@@ -91,7 +91,7 @@ echo "cmdline=$(cat /proc/cmdline)"
 echo "acpi=$(ls -d /sys/firmware/acpi 2>/dev/null)"
 echo "serial=$(sed -n 's/.*ttyS0.*/yes/p' /proc/interrupts)"
 echo "trouble:"
-dmesg | grep -iE 'BUG:|Oops|WARNING:|stall|lockup|Firmware Bug|ACPI.*(Error|Warning)|MP-BIOS|IO-APIC.*(not|fail)|call trace|unable to|tsc.*unstable|ttyS0.*overrun|spurious'
+dmesg | grep -vi 'command line:' | grep -iE 'BUG:|Oops|WARNING:|stall|lockup|Firmware Bug|ACPI.*(Error|Warning)|MP-BIOS|IO-APIC.*(not|fail)|call trace|unable to|tsc.*unstable|ttyS0.*overrun|spurious'
 echo "trouble ends"
 "#;
 
@@ -492,10 +492,9 @@ fn a_truncated_or_damaged_bzimage_is_refused() {
     ] {
         refused(&whole[..length]);
     }
+    // Some formats (lz4) have no checksum: small damage is not always seen, this is.
     let mut damaged = whole.clone();
-    for byte in &mut damaged[whole.len() / 2..][..64] {
-        *byte ^= 0x55;
-    }
+    damaged[whole.len() / 2..][..256 << 10].fill(0);
     refused(&damaged);
 }
 

@@ -26,7 +26,9 @@ pub fn husk() -> Command {
 
 /// As [`husk`], started by the program and with the arguments in `wrapper`.
 pub fn wrapped(wrapper: &[&str]) -> Command {
-    let mut words: Vec<OsString> = wrapper.iter().map(OsString::from).collect();
+    // Whoever runs the tests may ignore signals (a shell does so for `… &`), and Husk would, too.
+    let own = ["env", "--default-signal=HUP,INT,QUIT,TERM"];
+    let mut words: Vec<OsString> = own.iter().chain(wrapper).map(OsString::from).collect();
     words.push(husk_binary().into());
     let mut command = Command::new(words.remove(0));
     command

@@ -345,6 +345,15 @@ impl Testbed {
         }
     }
 
+    /// The emulated host's processor counts this machine's TSC ticks, but it measures their frequency while QEMU may have to
+    /// wait for a processor: its clock then runs several times too fast. So it is told, where KVM tells us.
+    fn kernel_parameters(&self) -> String {
+        match tsc_khz().filter(|_| !self.icount) {
+            Some(khz) => format!("{APPEND} tsc_early_khz={khz}"),
+            None => APPEND.to_owned(),
+        }
+    }
+
     fn command_line(&self, machine: &Machine, control: &Path, out: &Path) -> Result<Command> {
         // QEMU dies with us, however we end: setpriv (util-linux) asks the kernel for that.
         let mut qemu = Command::new("setpriv");
@@ -362,7 +371,7 @@ impl Testbed {
             .arg(&machine.kernel)
             .arg("-initrd")
             .arg(&machine.initrd)
-            .args(["-append", APPEND]);
+            .args(["-append", &self.kernel_parameters()]);
         for (tag, path, more) in [
             ("root", Path::new("/"), ",readonly=on,multidevs=remap"),
             ("control", control, ""),
@@ -525,6 +534,13 @@ impl EndFilter {
         let number = std::str::from_utf8(status.get(..end)?).ok()?;
         Some(number.parse().unwrap_or(1))
     }
+}
+
+/// This machine's TSC frequency.
+fn tsc_khz() -> Option<u32> {
+    let vm = kvm_ioctls::Kvm::new().ok()?.create_vm().ok()?;
+    let vcpu = vm.create_vcpu(0).ok()?;
+    vcpu.get_tsc_khz().ok().filter(|&khz| khz > 0)
 }
 
 /// No mitigations (no secrets here, and emulation is slow), and no self-tests of what is not used.
