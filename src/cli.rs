@@ -103,6 +103,36 @@ pub struct RunArgs {
     )]
     pub memory: Option<String>,
 
+    /// A disk, a raw image or a block device: PATH[,ro][,root][,direct][,id=NAME][,cache=unsafe|writeback]
+    /// [,engine=auto|sync|uring][,queues=N][,rate=BYTES][,ops=N], the last two per second; `,,` is a comma in PATH
+    #[arg(long, value_name = "DISK", help_heading = "Devices")]
+    pub disk: Vec<String>,
+
+    /// A network interface: tap=NAME, fd=N or user (needs passt, no root), then [,mac=ADDRESS][,mtu=N][,queues=N]
+    /// [,rx-rate=BYTES][,tx-rate=BYTES][,id=NAME]
+    #[arg(long, value_name = "NET", help_heading = "Devices")]
+    pub net: Vec<String>,
+
+    /// A TCP port of the host that leads to one of the guest, HOST:GUEST, for `--net user`
+    #[arg(long = "publish", short, value_name = "PORTS", value_parser = crate::devices::forward, help_heading = "Devices")]
+    pub publish: Vec<husk_config::Forward>,
+
+    /// Sockets between host and guest: cid=N,uds=PATH
+    #[arg(long, value_name = "VSOCK", value_parser = crate::devices::vsock, help_heading = "Devices")]
+    pub vsock: Option<husk_config::Vsock>,
+
+    /// A source of random bytes, or rate=BYTES per second of them
+    #[arg(long, value_name = "ENTROPY", value_parser = crate::devices::entropy, num_args = 0..=1, default_missing_value = "", help_heading = "Devices")]
+    pub entropy: Option<husk_config::Entropy>,
+
+    /// Memory that the guest gives back: MIB[,oom][,stats=SECONDS][,hinting][,reporting]
+    #[arg(long, value_name = "BALLOON", value_parser = crate::devices::balloon, help_heading = "Devices")]
+    pub balloon: Option<husk_config::Balloon>,
+
+    /// Put the devices on PCI instead of MMIO
+    #[arg(long, help_heading = "Devices")]
+    pub pci: bool,
+
     /// What a reboot by the guest does [default: exit]
     #[arg(long, value_enum, value_name = "WHAT", help_heading = "The machine")]
     pub on_reboot: Option<Reboot>,

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod devices;
 mod guest;
 mod logging;
 mod run;

@@ -1,8 +1,8 @@
 //! `husk run`: from flags to a VM, and the main thread's loop while it lives.
 
 use crate::cli::RunArgs;
-use crate::{Failure, guest};
-use husk_config::{DEFAULT_BOOT_ARGS, OnReboot, VmConfig, VmmRequest, parse_mib};
+use crate::{Failure, devices, guest};
+use husk_config::{OnReboot, VmConfig, VmmRequest, default_boot_args, parse_mib};
 use husk_console::{ConsoleEvent, Input, Output, Terminal};
 use husk_loader::Cache;
 use husk_vmm::{Console, ExitCounts, Host, Outcome, Timeline, Vmm};
@@ -355,6 +355,8 @@ fn configuration(arguments: &RunArgs, cache: &Cache) -> Result<(VmConfig, Option
         Some(path) => VmConfig::from_file(path).map_err(|e| usage(&e))?,
         None => VmConfig::default(),
     };
+    config.pci |= arguments.pci;
+    let pci = config.pci;
     let source = &mut config.boot_source;
     if let Some(kernel) = &arguments.kernel {
         source.kernel_image_path = kernel.clone();
@@ -364,7 +366,9 @@ fn configuration(arguments: &RunArgs, cache: &Cache) -> Result<(VmConfig, Option
     }
     match (&arguments.cmdline, arguments.no_default_cmdline) {
         (given, true) => source.boot_args = Some(given.clone().unwrap_or_default()),
-        (Some(given), false) => source.boot_args = Some(format!("{DEFAULT_BOOT_ARGS} {given}")),
+        (Some(given), false) => {
+            source.boot_args = Some(format!("{} {given}", default_boot_args(pci)))
+        }
         (None, false) => {}
     }
     if let Some(protocol) = arguments.boot_protocol {
@@ -379,10 +383,39 @@ fn configuration(arguments: &RunArgs, cache: &Cache) -> Result<(VmConfig, Option
     if let Some(on_reboot) = arguments.on_reboot {
         config.on_reboot = on_reboot.into();
     }
+    add_devices(&mut config, arguments).map_err(Failure::usage)?;
     let (initrd, taken) = default_guest(&mut config, cache)?;
     config.validate().map_err(|e| usage(&e))?;
     say(&taken);
     Ok((config, initrd))
+}
+
+/// Disks and interfaces of the command line come behind the file's, the others replace the file's.
+fn add_devices(config: &mut VmConfig, arguments: &RunArgs) -> Result<(), String> {
+    let flag = |flag: &str, text: &str, why: String| format!("{flag} {text}: {why}");
+    for text in &arguments.disk {
+        let disk = devices::disk(text, config.drives.len());
+        config
+            .drives
+            .push(disk.map_err(|e| flag("--disk", text, e))?);
+    }
+    for text in &arguments.net {
+        let interface = devices::net(text, config.network_interfaces.len());
+        let interface = interface.map_err(|e| flag("--net", text, e))?;
+        config.network_interfaces.push(interface);
+    }
+    if !arguments.publish.is_empty() {
+        let mut interfaces = config.network_interfaces.iter_mut();
+        let user = interfaces
+            .find_map(|interface| interface.user.as_mut())
+            .ok_or("-p forwards a port into a guest with --net user: add that")?;
+        user.forwards.extend(&arguments.publish);
+    }
+    let (vsock, entropy) = (&arguments.vsock, &arguments.entropy);
+    config.vsock = vsock.clone().or(config.vsock.take());
+    config.entropy = entropy.clone().or(config.entropy.take());
+    config.balloon = arguments.balloon.clone().or(config.balloon.take());
+    Ok(())
 }
 
 /// Fill in what to boot when the user named nothing; the text says what it is.

@@ -3,16 +3,12 @@
 
 mod common;
 
-use common::{Ended, Tty, Vm, assert_same_bytes, husk, pattern, temp_dir, text};
-use husk_loader::initramfs::Builder;
+use common::guest::{Guest, Kernel, LIMIT, busybox, default_guest, md5};
+use common::{Tty, Vm, assert_same_bytes, husk, pattern, temp_dir, text};
 use rustix::process::Signal;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-
-/// No test waits longer than this for one Husk to end: on an emulated host a boot may take half a minute.
-const LIMIT: Duration = Duration::from_secs(240);
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Each test once for each kernel.
 macro_rules! with_each_kernel {
@@ -496,144 +492,4 @@ fn a_truncated_or_damaged_bzimage_is_refused() {
     let mut damaged = whole.clone();
     damaged[whole.len() / 2..][..256 << 10].fill(0);
     refused(&damaged);
-}
-
-// ---- Help ----
-
-/// A kernel under test.
-struct Kernel {
-    image: PathBuf,
-    /// The same in another form.
-    bzimage: Option<PathBuf>,
-    modules: Option<PathBuf>,
-    /// In how much memory it boots, in any monitor.
-    least_mib: u64,
-    /// It reads the MP table (CONFIG_X86_MPPARSE); one that does not has one processor without ACPI.
-    mp_table: bool,
-}
-
-impl Kernel {
-    /// Debian's cloud kernel, as its package has it: a bzImage whose drivers are modules.
-    fn debian() -> Self {
-        Self {
-            image: variable("HUSK_TEST_DEBIAN_KERNEL"),
-            bzimage: None,
-            modules: Some(variable("HUSK_TEST_MODULES")),
-            // In 72 MiB it panics in QEMU as well: "System is deadlocked on memory".
-            least_mib: 96,
-            mp_table: false,
-        }
-    }
-
-    /// The minimal kernel: a vmlinux with all that it needs.
-    fn minimal() -> Self {
-        let image = variable("HUSK_TEST_MINIMAL_KERNEL");
-        let bzimage = ["bzImage", "arch/x86/boot/bzImage"]
-            .iter()
-            .map(|name| image.with_file_name(name))
-            .find(|path| path.is_file());
-        Self {
-            bzimage: Some(
-                bzimage.unwrap_or_else(|| panic!("no bzImage beside {}", image.display())),
-            ),
-            image,
-            modules: None,
-            least_mib: 64,
-            mp_table: true,
-        }
-    }
-}
-
-fn variable(name: &str) -> PathBuf {
-    let value = std::env::var_os(name).unwrap_or_else(|| {
-        panic!("${name} is not set: run these tests by `cargo xtask test`, which gets the kernels and sets it")
-    });
-    let path = PathBuf::from(value);
-    assert!(path.exists(), "${name}: there is no {}", path.display());
-    path
-}
-
-fn busybox() -> PathBuf {
-    variable("HUSK_TEST_BUSYBOX")
-}
-
-/// A kernel with an initramfs.
-struct Guest<'a> {
-    kernel: &'a Kernel,
-    builder: Builder,
-    dir: tempfile::TempDir,
-}
-
-impl<'a> Guest<'a> {
-    /// One that runs `script` and powers off, or one with a shell.
-    fn new(kernel: &'a Kernel, script: Option<&str>) -> Self {
-        assert!(
-            Path::new("/dev/kvm").exists(),
-            "there is no /dev/kvm: run these tests by `cargo xtask test`"
-        );
-        let mut builder = Builder::new(busybox());
-        builder.modules_dir.clone_from(&kernel.modules);
-        builder.script = script.map(str::to_owned);
-        Self {
-            kernel,
-            builder,
-            dir: temp_dir(),
-        }
-    }
-
-    fn with_file(mut self, name: &str, content: &str) -> Self {
-        let file = (name.to_owned(), content.as_bytes().to_vec(), 0o755);
-        self.builder.files.push(file);
-        self
-    }
-
-    fn initrd(&self) -> PathBuf {
-        let path = self.dir.path().join("initrd");
-        let archive = self.builder.build().unwrap_or_else(|e| panic!("{e}"));
-        std::fs::write(&path, archive).unwrap();
-        path
-    }
-
-    /// `husk run` with the initramfs and no kernel yet.
-    fn command(&self) -> Command {
-        let mut command = husk();
-        command.args(["run", "--initrd", text(&self.initrd())]);
-        command
-    }
-
-    fn start(&self, arguments: &[&str]) -> Vm {
-        let mut command = self.command();
-        command
-            .args(["--kernel", text(&self.kernel.image)])
-            .args(arguments);
-        Vm::start(&mut command, LIMIT)
-    }
-
-    #[track_caller]
-    fn run(&self, arguments: &[&str]) -> Ended {
-        self.start(arguments).finish()
-    }
-}
-
-/// Husk with nothing but the names of what it would find by itself.
-fn default_guest(kernel: &Kernel) -> Command {
-    let mut command = husk();
-    command
-        .env("HUSK_KERNEL", &kernel.image)
-        .env("HUSK_BUSYBOX", busybox());
-    command
-}
-
-/// By busybox, which every test here has.
-fn md5(bytes: &[u8]) -> String {
-    let mut child = Command::new(busybox())
-        .arg("md5sum")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(bytes).unwrap();
-    let output = child.wait_with_output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    text.split(' ').next().unwrap().to_owned()
 }

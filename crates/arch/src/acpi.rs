@@ -1,4 +1,4 @@
-//! Hardware-reduced ACPI tables (ACPI 6.5): RSDP, XSDT, FADT, MADT, DSDT.
+//! Hardware-reduced ACPI tables (ACPI 6.5): RSDP, XSDT, FADT, MADT, DSDT, and MCFG where there is PCI.
 //!
 //! Hardware-reduced means that there is no fixed hardware: no PM timer, no SCI, no fixed power
 //! button. Linux then leaves the 8254 timer and the 8259 alone as well. What takes their place: the
@@ -8,6 +8,7 @@ use acpi_tables::aml::{self, Path};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -22,6 +23,8 @@ pub struct AcpiConfig<'a> {
     pub cpus: u32,
     /// The virtio-mmio slots that have a device; the index is the `_UID`.
     pub virtio_mmio: &'a [MmioSlot],
+    /// There is a PCI host bridge, with ECAM at [`layout::PCI_ECAM`] and its window at [`layout::PCI_WINDOW`].
+    pub pci: bool,
 }
 
 /// Registers and interrupt line of a device on virtio-mmio.
@@ -111,7 +114,7 @@ const _: () = assert!(layout::MAX_CPUS < 255);
 /// The bytes of all ACPI tables, to be written at guest-physical address `base`, at which the RSDP
 /// begins. They are contiguous: for a few vCPUs and devices one 4 KiB page holds them all.
 ///
-/// There is no PCI, and there are no processor devices (`ACPI0007`): Linux takes the processors from
+/// There are no processor devices (`ACPI0007`): Linux takes the processors from
 /// the MADT and would use the devices for C-states, P-states and hotplug only, none of which exists.
 ///
 /// # Errors
@@ -130,12 +133,15 @@ pub fn tables(config: &AcpiConfig<'_>, base: u64) -> Result<Vec<u8>, Error> {
         base,
         bytes: vec![0; RSDP_SIZE],
     };
-    let dsdt = image.add(dsdt(config.virtio_mmio)?.as_slice());
+    let dsdt = image.add(dsdt(config)?.as_slice());
     let fadt = image.add(&bytes_of(&fadt(dsdt)));
     let madt = image.add(madt(cpus).as_slice());
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if config.pci {
+        xsdt.add_entry(image.add(&bytes_of(&mcfg())));
+    }
     let xsdt = image.add(&bytes_of(&xsdt));
 
     let mut bytes = image.bytes;
@@ -214,16 +220,26 @@ fn madt(cpus: u8) -> Sdt {
     table(b"APIC", MADT_REVISION, &body)
 }
 
-fn dsdt(virtio_mmio: &[MmioSlot]) -> Result<Sdt, Error> {
+/// PCI Firmware 3.3, 4.1.2: segment 0, bus 0.
+fn mcfg() -> MCFG {
+    let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    mcfg.add_ecam(layout::PCI_ECAM, 0, 0, 0);
+    mcfg
+}
+
+fn dsdt(config: &AcpiConfig<'_>) -> Result<Sdt, Error> {
     let mut devices = Vec::new();
     com1(&mut devices);
     power_button(&mut devices);
     generic_event_device(&mut devices);
     pvpanic(&mut devices);
     let mut lines_taken = 0;
-    for (index, slot) in virtio_mmio.iter().enumerate() {
+    for (index, slot) in config.virtio_mmio.iter().enumerate() {
         check_line(index, slot, &mut lines_taken)?;
         virtio_mmio_device(&mut devices, index, slot)?;
+    }
+    if config.pci {
+        pci_host_bridge(&mut devices);
     }
     let mut body = aml::Scope::raw("\\_SB_".into(), devices);
     // Only the first element counts with hardware-reduced ACPI; some parsers want to see all four.
@@ -386,251 +402,40 @@ fn virtio_mmio_device(out: &mut Vec<u8>, index: usize, slot: &MmioSlot) -> Resul
     Ok(())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// A PCI Express host bridge with memory and one bus: no I/O ports, and no `_PRT`, as nothing has INTx. ECAM is no
+/// resource of the bridge's; PCI Firmware 3.3, 4.1.2 wants it reserved by a motherboard resource, else Linux does not use it.
+fn pci_host_bridge(out: &mut Vec<u8>) {
+    let (ecam, size) = (layout::PCI_ECAM as u32, layout::PCI_ECAM_SIZE as u32);
+    let ecam = aml::Memory32Fixed::new(true, ecam, size);
+    aml::Device::new(
+        "MBRD".into(),
+        vec![
+            &hid(&aml::EISAName::new("PNP0C02")),
+            &aml::Name::new("_UID".into(), &aml::ZERO),
+            &resources(vec![&ecam]),
+        ],
+    )
+    .to_aml_bytes(out);
 
-    const BASE: u64 = layout::ACPI;
-
-    fn slots(count: u32) -> Vec<MmioSlot> {
-        (0..count)
-            .map(|index| MmioSlot {
-                address: layout::VIRTIO_MMIO + u64::from(index) * layout::VIRTIO_MMIO_SIZE,
-                size: layout::VIRTIO_MMIO_SIZE,
-                irq: layout::VIRTIO_IRQ + index,
-            })
-            .collect()
-    }
-
-    fn build(cpus: u32, virtio_mmio: &[MmioSlot]) -> Vec<u8> {
-        tables(&AcpiConfig { cpus, virtio_mmio }, BASE).unwrap()
-    }
-
-    fn sum(bytes: &[u8]) -> u8 {
-        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
-    }
-
-    fn le(bytes: &[u8], at: usize, size: usize) -> u64 {
-        bytes[at..at + size]
-            .iter()
-            .rev()
-            .fold(0, |value, byte| value << 8 | u64::from(*byte))
-    }
-
-    /// The table at a guest-physical address, its checksum verified.
-    fn table_at(image: &[u8], address: u64) -> &[u8] {
-        assert!(address.is_multiple_of(8));
-        let table = &image[(address - BASE) as usize..];
-        let table = &table[..le(table, 4, 4) as usize];
-        assert_eq!(sum(table), 0, "{}", String::from_utf8_lossy(&table[..4]));
-        table
-    }
-
-    /// FADT, MADT and DSDT, found as a guest would.
-    fn follow(image: &[u8]) -> [&[u8]; 3] {
-        assert_eq!(&image[..8], b"RSD PTR ");
-        assert_eq!(image[15], 2, "revision");
-        assert_eq!((sum(&image[..20]), sum(&image[..36])), (0, 0));
-        let xsdt = table_at(image, le(image, 24, 8));
-        assert_eq!(&xsdt[..4], b"XSDT");
-        assert_eq!(xsdt.len(), 36 + 2 * 8);
-        let fadt = table_at(image, le(xsdt, 36, 8));
-        let madt = table_at(image, le(xsdt, 44, 8));
-        let dsdt = table_at(image, le(fadt, 140, 8));
-        assert_eq!(
-            [&fadt[..4], &madt[..4], &dsdt[..4]],
-            [b"FACP", b"APIC", b"DSDT"]
-        );
-        [fadt, madt, dsdt]
-    }
-
-    fn contains(bytes: &[u8], part: &[u8]) -> bool {
-        bytes.windows(part.len()).any(|window| window == part)
-    }
-
-    #[test]
-    fn the_tables_of_a_small_vm_fit_a_page_and_those_of_the_largest_their_place() {
-        assert!(build(4, &slots(8)).len() <= 4096);
-        let largest = build(layout::MAX_CPUS, &slots(18));
-        assert!(largest.len() as u64 <= layout::ACPI_SIZE);
-        follow(&largest);
-    }
-
-    #[test]
-    fn the_fadt_gives_sleep_and_reset_registers_and_no_fixed_hardware() {
-        let image = build(1, &[]);
-        let [fadt, _, _] = follow(&image);
-        assert_eq!((fadt.len(), fadt[8]), (276, 6), "FADT of revision 6");
-        let flags = le(fadt, 112, 4);
-        for (bit, name) in [
-            (0, "WBINVD"),
-            (4, "PWR"),
-            (5, "SLP"),
-            (10, "RESET"),
-            (20, "HW"),
-        ] {
-            assert_ne!(flags & 1 << bit, 0, "{name}");
-        }
-        assert_eq!(
-            le(fadt, 109, 2),
-            0b10_0100,
-            "no VGA, no CMOS clock, no 8042"
-        );
-        // System I/O, 8 bits wide from bit 0, byte access.
-        let register = |port: u16| [&[1, 8, 0, 1][..], &u64::from(port).to_le_bytes()].concat();
-        assert_eq!(fadt[116..128], register(layout::RESET_PORT));
-        assert_eq!(fadt[128], layout::RESET_VALUE);
-        assert_eq!(fadt[244..256], register(layout::SLEEP_CONTROL_PORT));
-        assert_eq!(fadt[256..268], register(layout::SLEEP_STATUS_PORT));
-        assert!(
-            fadt[148..244].iter().all(|byte| *byte == 0),
-            "no fixed hardware"
-        );
-        assert_eq!(&fadt[268..276], b"HUSK\0\0\0\0");
-    }
-
-    #[test]
-    fn the_madt_lists_every_processor_and_the_io_apic() {
-        for cpus in [1, 2, 64] {
-            let image = build(cpus, &[]);
-            let [_, madt, _] = follow(&image);
-            assert_eq!(le(madt, 36, 4), layout::LOCAL_APIC);
-            let mut rest = &madt[44..];
-            let mut processors = 0;
-            while rest[0] == 0 {
-                let id = processors as u8;
-                assert_eq!(rest[..8], [0, 8, id, id, 1, 0, 0, 0]);
-                rest = &rest[8..];
-                processors += 1;
-            }
-            assert_eq!(processors, cpus);
-            assert_eq!(rest[..2], [1, 12]);
-            assert_eq!(le(rest, 4, 4), layout::IO_APIC);
-            assert_eq!(le(rest, 8, 4), 0, "GSI base");
-            assert_eq!(rest.len(), 12, "nothing else");
-        }
-    }
-
-    #[test]
-    fn the_dsdt_has_a_device_for_each_slot_and_no_other() {
-        let image = build(1, &slots(3));
-        let [_, _, dsdt] = follow(&image);
-        for (index, slot) in slots(3).iter().enumerate() {
-            assert!(contains(dsdt, format!("V{index:03X}").as_bytes()));
-            let mut memory = vec![0x86, 9, 0, 1];
-            memory.extend((slot.address as u32).to_le_bytes());
-            memory.extend((slot.size as u32).to_le_bytes());
-            assert!(contains(dsdt, &memory), "Memory32Fixed of slot {index}");
-            // Consumer, edge, active high, exclusive.
-            let interrupt = [0x89, 6, 0, 3, 1, slot.irq as u8, 0, 0, 0];
-            assert!(contains(dsdt, &interrupt), "interrupt of slot {index}");
-        }
-        let devices = dsdt
-            .windows(8)
-            .filter(|window| window == b"LNRO0005")
-            .count();
-        assert_eq!(devices, 3);
-        assert!(!contains(&build(1, &[]), b"LNRO0005"));
-    }
-
-    #[test]
-    fn registers_above_4_gib_are_described_in_64_bits() {
-        let slot = MmioSlot {
-            address: 0x12_0000_0000,
-            size: 0x1000,
-            irq: 6,
-        };
-        let image = build(1, &[slot]);
-        let [_, _, dsdt] = follow(&image);
-        let mut range = slot.address.to_le_bytes().to_vec();
-        range.extend((slot.address + 0xfff).to_le_bytes());
-        assert!(contains(dsdt, &range));
-    }
-
-    #[test]
-    fn the_dsdt_has_what_a_guest_needs_to_power_off_and_to_hear_the_power_button() {
-        let image = build(1, &[]);
-        let [_, _, dsdt] = follow(&image);
-        // Name (\_S5, Package () {5, 0, 0, 0})
-        assert!(contains(
-            dsdt,
-            b"\x08\\_S5_\x12\x07\x04\x0a\x05\x00\x00\x00"
-        ));
-        // Notify (\_SB.PWRB, 0x80)
-        assert!(contains(dsdt, b"\x86\\\x2e_SB_PWRB\x0a\x80"));
-        for id in [
-            &b"ACPI0013"[..],
-            b"QEMU0001",
-            b"\x41\xd0\x05\x01",
-            b"\x41\xd0\x0c\x0c",
-        ] {
-            assert!(contains(dsdt, id), "{id:02x?}");
-        }
-        let ged = [0x89, 6, 0, 3, 1, layout::EVENTS_IRQ as u8, 0, 0, 0];
-        assert!(contains(dsdt, &ged));
-    }
-
-    #[test]
-    fn slots_that_cannot_work_are_refused() {
-        let refused = |slots: &[MmioSlot]| {
-            tables(
-                &AcpiConfig {
-                    cpus: 1,
-                    virtio_mmio: slots,
-                },
-                BASE,
-            )
-            .unwrap_err()
-        };
-        let good = slots(1)[0];
-        for irq in [0, layout::COM1_IRQ, layout::EVENTS_IRQ, 24, 32, u32::MAX] {
-            let error = refused(&[MmioSlot { irq, ..good }]);
-            assert_eq!(error, Error::SlotIrq { slot: 0, irq });
-        }
-        assert_eq!(
-            refused(&[good, good]),
-            Error::SlotIrq {
-                slot: 1,
-                irq: good.irq
-            }
-        );
-        for (address, size) in [(0x1000, 0), (u64::MAX, 2), (2, u64::MAX)] {
-            let error = refused(&[MmioSlot {
-                address,
-                size,
-                ..good
-            }]);
-            assert_eq!(
-                error,
-                Error::SlotRange {
-                    slot: 0,
-                    address,
-                    size
-                }
-            );
-        }
-        let text = refused(&[good, good]).to_string();
-        assert!(
-            !text.contains("  ") && !text.contains('\n'),
-            "one clean line: {text}"
-        );
-    }
-
-    #[test]
-    fn a_processor_number_or_base_that_does_not_fit_is_refused() {
-        for cpus in [0, 65, 256, u32::MAX] {
-            let config = AcpiConfig {
-                cpus,
-                virtio_mmio: &[],
-            };
-            assert_eq!(tables(&config, BASE), Err(Error::Cpus(cpus)));
-        }
-        let config = AcpiConfig {
-            cpus: 1,
-            virtio_mmio: &[],
-        };
-        for base in [BASE + 8, 0xffff_fff0, u64::MAX] {
-            assert_eq!(tables(&config, base), Err(Error::Base(base)));
-        }
-    }
+    let buses = aml::AddressSpace::new_bus_number(0u16, 0u16);
+    let first = layout::PCI_WINDOW as u32;
+    let last = first + (layout::PCI_WINDOW_SIZE - 1) as u32;
+    let cacheable = aml::AddressSpaceCacheable::NotCacheable;
+    let window = aml::AddressSpace::new_memory(cacheable, true, first, last, None);
+    aml::Device::new(
+        "PCI0".into(),
+        vec![
+            &hid(&aml::EISAName::new("PNP0A08")),
+            &aml::Name::new("_CID".into(), &aml::EISAName::new("PNP0A03")),
+            &aml::Name::new("_UID".into(), &aml::ZERO),
+            &aml::Name::new("_SEG".into(), &aml::ZERO),
+            &aml::Name::new("_BBN".into(), &aml::ZERO),
+            &aml::Name::new("_CCA".into(), &aml::ONE),
+            &resources(vec![&buses, &window]),
+        ],
+    )
+    .to_aml_bytes(out);
 }
+
+#[cfg(test)]
+mod tests;

@@ -58,6 +58,14 @@ pub const HOLE_END: u64 = 0x1_0000_0000;
 pub const VIRTIO_MMIO: u64 = HOLE_START + 0x1000;
 /// Size of a virtio-mmio slot in bytes.
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+/// Window of the PCI host bridge: BARs lie here.
+pub const PCI_WINDOW: u64 = 0xd000_0000;
+/// Size of the window in bytes.
+pub const PCI_WINDOW_SIZE: u64 = 0x1000_0000;
+/// PCI configuration spaces (ECAM) of segment 0, bus 0.
+pub const PCI_ECAM: u64 = 0xe000_0000;
+/// Size of ECAM in bytes: one bus.
+pub const PCI_ECAM_SIZE: u64 = 0x10_0000;
 /// I/O APIC registers (KVM's in-kernel one).
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// Local APIC registers.
@@ -104,6 +112,11 @@ pub const EVENTS_IRQ: u32 = 5;
 pub const VIRTIO_IRQ: u32 = 6;
 /// Number of I/O APIC pins.
 pub const IO_APIC_PINS: u32 = 24;
+
+// Slots of virtio-mmio are far fewer than would reach the window.
+const _: () = assert!(VIRTIO_MMIO + 256 * VIRTIO_MMIO_SIZE <= PCI_WINDOW);
+const _: () = assert!(PCI_WINDOW + PCI_WINDOW_SIZE <= PCI_ECAM);
+const _: () = assert!(PCI_ECAM + PCI_ECAM_SIZE <= IO_APIC);
 
 /// Most vCPUs that a VM may have.
 pub const MAX_CPUS: u32 = 64;

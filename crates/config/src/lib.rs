@@ -42,6 +42,14 @@ const MAX_FILE: u64 = 1 << 20;
 pub const DEFAULT_BOOT_ARGS: &str = "console=ttyS0 reboot=panic_warm panic=-1 pci=off 8250.nr_uarts=1 \
      i8042.noaux i8042.nokbd i8042.nopnp i8042.dumbkbd no_timer_check tsc=reliable";
 
+/// [`DEFAULT_BOOT_ARGS`], with PCI left on for a VM that has it.
+pub fn default_boot_args(pci: bool) -> String {
+    match pci {
+        true => DEFAULT_BOOT_ARGS.replace(" pci=off", ""),
+        false => DEFAULT_BOOT_ARGS.to_owned(),
+    }
+}
+
 /// All of a VM's configuration. Its JSON form is the configuration file and the body of `GET /vm/config`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -249,6 +257,11 @@ pub enum DeviceUpdate {
         /// The cable is plugged in, or pulled out.
         link_up: Option<bool>,
     },
+    /// The entropy device.
+    Entropy {
+        /// Limits, from now on.
+        rate_limiter: RateLimiter,
+    },
     /// The balloon.
     Balloon {
         /// Memory that the guest is to give back, in MiB.
@@ -267,6 +280,8 @@ pub enum VmmRequest {
     Boot,
     /// Press the ACPI power button: the guest decides what to do.
     PressPowerButton,
+    /// Change a device, by its name, while the VM runs.
+    Update(String, DeviceUpdate),
     /// End the VM now, whatever the guest is doing.
     Stop,
 }

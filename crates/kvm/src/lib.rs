@@ -4,11 +4,13 @@
 //! hands over addresses, registers and event descriptors.
 
 mod error;
+mod routes;
 mod vcpu;
 mod vm;
 
 pub use error::Error;
 pub use kvm_bindings as bindings;
+pub use routes::MsiVectors;
 pub use vcpu::{Exit, Vcpu};
 pub use vm::Vm;
 

@@ -1,20 +1,26 @@
+use crate::routes::Routes;
 use crate::{Error, Vcpu};
 use kvm_bindings::{
     KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, kvm_irqchip,
     kvm_pit_config, kvm_userspace_memory_region,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use std::sync::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
 /// A KVM VM. Its methods may be called from several threads at once; KVM orders them.
 #[derive(Debug)]
 pub struct Vm {
-    fd: VmFd,
+    pub(crate) fd: VmFd,
+    pub(crate) routes: Mutex<Routes>,
 }
 
 impl Vm {
     pub(crate) fn new(fd: VmFd) -> Self {
-        Self { fd }
+        Self {
+            fd,
+            routes: Mutex::default(),
+        }
     }
 
     /// Create the in-kernel interrupt controllers (two 8259s, an I/O APIC, a local APIC for each vCPU to come) and the
@@ -95,11 +101,66 @@ impl Vm {
             .map_err(|e| Error::Ioctl("KVM_IRQFD", e))
     }
 
+    /// Write to `event` whenever the guest writes `value` (32 bits; None: anything) at guest-physical `address`, with no exit to the
+    /// monitor. Sleeps in a grace period.
+    pub fn register_doorbell(
+        &self,
+        address: u64,
+        value: Option<u32>,
+        event: &EventFd,
+    ) -> Result<(), Error> {
+        let address = IoEventAddress::Mmio(address);
+        match value {
+            Some(value) => self.fd.register_ioevent(event, &address, value),
+            None => self.fd.register_ioevent(event, &address, NoDatamatch),
+        }
+        .map_err(|e| Error::Ioctl("KVM_IOEVENTFD", e))
+    }
+
+    /// Take back what [`Vm::register_doorbell`] was given.
+    pub fn unregister_doorbell(
+        &self,
+        address: u64,
+        value: Option<u32>,
+        event: &EventFd,
+    ) -> Result<(), Error> {
+        let address = IoEventAddress::Mmio(address);
+        match value {
+            Some(value) => self.fd.unregister_ioevent(event, &address, value),
+            None => self.fd.unregister_ioevent(event, &address, NoDatamatch),
+        }
+        .map_err(|e| Error::Ioctl("KVM_IOEVENTFD", e))
+    }
+
     /// Create vCPU `index`, which is also its APIC id. After the interrupt controllers.
     pub fn create_vcpu(&self, index: u32) -> Result<Vcpu, Error> {
         self.fd
             .create_vcpu(u64::from(index))
             .map(|fd| Vcpu::new(fd, self.fd.run_size()))
             .map_err(|e| Error::CreateVcpu(index, e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::Kvm;
+    use vmm_sys_util::eventfd::EventFd;
+
+    #[test]
+    fn a_doorbell_can_move() {
+        let vm = Kvm::open().unwrap().create_vm().unwrap();
+        let (one, two) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
+        for value in [None, Some(3)] {
+            vm.register_doorbell(0xd000_3000, value, &one).unwrap();
+            let taken = vm.register_doorbell(0xd000_3000, value, &two);
+            assert!(taken.is_err(), "two doorbells at one address");
+            vm.unregister_doorbell(0xd000_3000, value, &one).unwrap();
+            vm.register_doorbell(0xd000_3000, value, &two).unwrap();
+            assert!(
+                vm.unregister_doorbell(0xd000_3000, value, &one).is_err(),
+                "not there any more"
+            );
+            vm.unregister_doorbell(0xd000_3000, value, &two).unwrap();
+        }
     }
 }

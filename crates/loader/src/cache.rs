@@ -119,6 +119,47 @@ impl Cache {
     }
 }
 
+impl Cache {
+    /// What was remembered of the file with `identity`.
+    pub(crate) fn fact(&self, fact: &str, identity: &Identity) -> Option<bool> {
+        let directory = self.directory.as_deref()?;
+        trusted(directory).ok()?;
+        let link = fs::read_link(directory.join(fact_name(fact, identity))).ok()?;
+        match link.to_str()? {
+            YES => Some(true),
+            NO => Some(false),
+            _ => None,
+        }
+    }
+
+    /// Remember something of the file with `identity`. A failure only costs time at the next start.
+    pub(crate) fn remember(&self, fact: &str, identity: &Identity, value: bool) {
+        let Some(directory) = self.directory.as_deref() else {
+            return;
+        };
+        let made = directory.exists()
+            || DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(directory)
+                .is_ok();
+        if made && trusted(directory).is_ok() && identity.settled(SystemTime::now()) {
+            let target = if value { YES } else { NO };
+            if let Err(error) = replace_link(directory, &fact_name(fact, identity), target) {
+                log::debug!("cannot write to the cache {directory:?}: {error}");
+            }
+        }
+    }
+}
+
+/// Where the links lead that remember a fact. There are no such files.
+const YES: &str = "yes";
+const NO: &str = "no";
+
+fn fact_name(fact: &str, identity: &Identity) -> String {
+    format!("{FACT}{fact}-{}", identity.name())
+}
+
 /// Why something could not be made: its source is bad, or there is no room for it.
 #[derive(Debug)]
 pub(crate) enum StoreFault {
@@ -203,6 +244,7 @@ impl Identity {
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const KEPT: Duration = DAY.saturating_mul(30);
 const TEMPORARY: &str = "tmp-";
+const FACT: &str = "fact-";
 
 fn default_dir(variable: impl Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
     let set = |name| variable(name).filter(|value| !value.as_os_str().is_empty());
@@ -333,7 +375,7 @@ fn prune(directory: &Path) {
         let limit = match () {
             () if name.starts_with(TEMPORARY) => DAY,
             // Only what this cache writes is removed: the user may have named a directory in use.
-            () if ["kernel-", "initramfs-", "file-"]
+            () if ["kernel-", "initramfs-", "file-", FACT]
                 .iter()
                 .any(|p| name.starts_with(p)) =>
             {
@@ -341,7 +383,8 @@ fn prune(directory: &Path) {
             }
             () => continue,
         };
-        let dangling = metadata.is_symlink() && !entry.path().exists();
+        let leads = !name.starts_with(FACT);
+        let dangling = leads && metadata.is_symlink() && !entry.path().exists();
         if !metadata.is_dir() && (dangling || age(&metadata) > limit) {
             let _ = fs::remove_file(entry.path());
         }

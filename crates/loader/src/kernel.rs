@@ -114,6 +114,23 @@ impl Kernel {
         ))
     }
 
+    /// Whether the kernel knows ACPI, and so finds its devices by it. It is searched for a word that only such a kernel has,
+    /// once: the cache remembers. When that fails, it is taken for one that does not.
+    pub fn has_acpi(&self, cache: &Cache) -> bool {
+        let Ok(metadata) = self.file.metadata() else {
+            return false;
+        };
+        let identity = Identity::of(&metadata);
+        if let Some(known) = cache.fact(ACPI, &identity) {
+            return known;
+        }
+        let found = contains(&self.file, ACPI_WORD);
+        if let Ok(found) = found {
+            cache.remember(ACPI, &identity, found);
+        }
+        found.unwrap_or(false)
+    }
+
     fn new(
         file: File,
         path: &Path,
@@ -137,6 +154,32 @@ impl Kernel {
             written,
             setup_header,
         }
+    }
+}
+
+/// A part of what Linux prints when its ACPI interpreter is up.
+const ACPI_WORD: &[u8] = b"Interpreter enabled";
+const ACPI: &str = "acpi";
+
+/// Whether `word` is in `file`.
+fn contains(file: &File, word: &[u8]) -> io::Result<bool> {
+    let finder = memchr::memmem::Finder::new(word);
+    let mut buffer = vec![0; 1 << 20];
+    let (mut kept, mut offset) = (0, 0);
+    loop {
+        let count = file.read_at(buffer.get_mut(kept..).unwrap_or_default(), offset)?;
+        let end = kept + count;
+        if finder.find(buffer.get(..end).unwrap_or_default()).is_some() {
+            return Ok(true);
+        }
+        if count == 0 {
+            return Ok(false);
+        }
+        offset += count as u64;
+        // A word may lie across the end.
+        let keep = end.min(word.len() - 1);
+        buffer.copy_within(end - keep..end, 0);
+        kept = keep;
     }
 }
 

@@ -3,9 +3,12 @@ use std::io::{Read, Seek};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use super::{Format, Kernel, kernel_release};
+use super::{ACPI, ACPI_WORD, Format, Kernel, contains, kernel_release};
+use crate::cache::Identity;
 use crate::testing::{Random, bzimage, elf, load, open, pack, sample_elf, write};
 use crate::{Cache, Compression, Error};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 const READABLE: [Compression; 6] = [
     Compression::Gzip,
@@ -283,4 +286,46 @@ fn a_second_open_uses_the_cached_kernel_and_a_damaged_one_is_made_anew() {
         assert_eq!(contents(&kernel), sample_elf());
         assert_eq!(fs::read(entry.path()).unwrap(), sample_elf());
     }
+}
+
+#[test]
+fn a_word_is_found_wherever_it_lies() {
+    let mut file = tempfile::tempfile().unwrap();
+    let chunk = 1 << 20;
+    for at in [0, chunk - 10, chunk - 1, chunk, 2 * chunk + 5] {
+        use std::io::{Seek, Write};
+        let mut bytes = vec![b'x'; 3 * chunk];
+        bytes[at..at + ACPI_WORD.len()].copy_from_slice(ACPI_WORD);
+        file.rewind().unwrap();
+        file.write_all(&bytes).unwrap();
+        assert!(contains(&file, ACPI_WORD).unwrap(), "{at}");
+        file.write_all_at(b"!", at as u64 + 3).unwrap();
+        assert!(!contains(&file, ACPI_WORD).unwrap(), "{at}");
+    }
+}
+
+#[test]
+fn what_was_found_out_of_a_kernel_is_remembered() {
+    let directory = tempfile::tempdir().unwrap();
+    let cache = Cache::new(directory.path().join("cache"));
+    let identity = |size| {
+        let path = directory.path().join("f");
+        std::fs::write(&path, vec![0; size]).unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        let old = std::time::SystemTime::UNIX_EPOCH;
+        file.set_modified(old).unwrap();
+        Identity::of(&file.metadata().unwrap())
+    };
+    let one = identity(1);
+    assert_eq!(cache.fact(ACPI, &one), None);
+    cache.remember(ACPI, &one, true);
+    // It has just been written, and may change without a trace.
+    assert_eq!(cache.fact(ACPI, &one), None);
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    cache.remember(ACPI, &one, true);
+    assert_eq!(cache.fact(ACPI, &one), Some(true));
+    assert_eq!(cache.fact("other", &one), None);
+    cache.remember(ACPI, &one, false);
+    assert_eq!(cache.fact(ACPI, &one), Some(false));
+    assert_eq!(cache.fact(ACPI, &identity(2)), None);
 }

@@ -2,8 +2,10 @@
 //! and a kit ([`check_device`]) of what every device must survive over every transport.
 
 mod kit;
+mod pci;
 
 pub use kit::{Subject, check_device};
+pub use pci::Pci;
 
 use crate::queue::QueueState;
 use crate::transport::Ring;

@@ -54,6 +54,20 @@ pub enum Error {
         /// What is free behind the kernel, in bytes.
         room: u64,
     },
+    /// A device cannot be made or changed.
+    #[error("the device {0}")]
+    Device(String, #[source] Box<dyn std::error::Error + Send + Sync>),
+    /// There is no such device.
+    #[error("there is no device called {0}")]
+    NoDevice(String),
+    /// More devices than there are places for them.
+    #[error("{count} devices do not fit, there is room for {most}; leave some out, or use --pci")]
+    TooManyDevices {
+        /// What was asked for.
+        count: usize,
+        /// How many there may be.
+        most: usize,
+    },
     /// More memory than the host has.
     #[error(
         "{mib} MiB of memory do not fit this host, which has {host_mib} MiB (swap included); use a smaller --memory"
@@ -134,6 +148,9 @@ impl Error {
             | Error::MemoryTooLarge { .. }
             | Error::AddressBits { .. }
             | Error::TooManyVcpus { .. }
+            | Error::Device(..)
+            | Error::NoDevice(_)
+            | Error::TooManyDevices { .. }
             | Error::State(_) => false,
         }
     }

@@ -4,6 +4,7 @@
 //!
 //! **Architecture Invariant:** nothing here reads the command line, speaks HTTP or owns a terminal.
 
+mod devices;
 mod error;
 mod lifecycle;
 mod load;
@@ -57,6 +58,9 @@ impl Vmm {
                 self.start()?;
             }
             (State::Running(vm), VmmRequest::PressPowerButton) => vm.press_power_button(),
+            (State::Running(vm), VmmRequest::Update(id, change)) => {
+                vm.update_device(&id, change)?;
+            }
             (State::Running(vm), VmmRequest::Stop) => vm.end(Outcome::Stopped),
             (State::Configuring | State::Built(_), _) => {
                 return Err(Error::State("the VM is not running"));

@@ -1,11 +1,13 @@
 //! The kernel and the initrd, from their files into guest memory.
 
+use crate::devices;
 use crate::error::Error;
 use crate::memory::GuestMemory;
+use husk_arch::acpi::MmioSlot;
 use husk_arch::boot::{BootInfo, BootState, linux, pvh};
 use husk_arch::layout::HIGH_MEMORY;
 use husk_arch::memory_map::Range;
-use husk_config::{BootProtocol, BootSource};
+use husk_config::{BootProtocol, BootSource, VmConfig};
 use husk_loader::{Cache, Kernel};
 use rustix::fs::{SeekFrom, seek};
 use std::fs::File;
@@ -16,8 +18,18 @@ const PAGE: u64 = 4096;
 
 /// Put kernel and initrd into `memory`; the result says how the boot vCPU enters the kernel. Tables that the result names
 /// are written too.
-pub fn load(source: &BootSource, memory: &GuestMemory, cache: &Cache) -> Result<BootState, Error> {
+pub fn load(
+    config: &VmConfig,
+    slots: &[MmioSlot],
+    memory: &GuestMemory,
+    cache: &Cache,
+) -> Result<BootState, Error> {
+    let source = &config.boot_source;
     let kernel = Kernel::open(&source.kernel_image_path, cache)?;
+    // A kernel with ACPI would find each device twice, and complain.
+    let by_acpi = slots.is_empty() || (uses_acpi(source) && kernel.has_acpi(cache));
+    let told = if by_acpi { &[] } else { slots };
+    let command_line = devices::command_line(config, told)?;
     let kernel_end = place_kernel(&kernel, memory)?;
     let pvh_entry = choose(source, &kernel)?;
     let initrd = source
@@ -29,7 +41,7 @@ pub fn load(source: &BootSource, memory: &GuestMemory, cache: &Cache) -> Result<
     getrandom::fill(&mut random_seed).map_err(|e| Error::Random(e.to_string()))?;
     let info = BootInfo {
         memory_size: memory.slots().iter().map(|(range, _)| range.size).sum(),
-        cmdline: source.command_line(),
+        cmdline: &command_line,
         initrd,
         setup_header: kernel.setup_header.as_deref(),
         kernel_end,
@@ -43,6 +55,12 @@ pub fn load(source: &BootSource, memory: &GuestMemory, cache: &Cache) -> Result<
         memory.write(*address, bytes)?;
     }
     Ok(state)
+}
+
+/// The command line does not turn ACPI off.
+fn uses_acpi(source: &BootSource) -> bool {
+    let mut words = source.command_line().split_ascii_whitespace();
+    !words.any(|word| matches!(word, "acpi=off" | "acpi=ht"))
 }
 
 /// The PVH entry, when the kernel is to be entered there.

@@ -72,8 +72,7 @@ impl GuestMemory {
         })
     }
 
-    /// The memory as rust-vmm's devices read and write it.
-    #[cfg(test)]
+    /// The memory as devices read and write it. A clone must be gone before this is dropped.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
     }

@@ -1,17 +1,18 @@
 //! Building a VM from its configuration, and taking it down again.
 
+use crate::devices::{self, Devices, Place};
 use crate::error::Error;
 use crate::lifecycle::{Lifecycle, Outcome, Wake};
 use crate::load::load;
 use crate::memory::GuestMemory;
 use crate::timeline::{Phase, Timeline};
 use crate::vcpu::{self, ExitCounts, HaltSearch, Shared, VcpuThread};
-use husk_arch::acpi::{self, AcpiConfig};
+use husk_arch::acpi::{self, AcpiConfig, MmioSlot};
 use husk_arch::boot::BootState;
 use husk_arch::cpuid::{self, CpuTopology, CpuidConfig, Template};
 use husk_arch::{layout, mptable, msrs};
 use husk_bus::Bus;
-use husk_config::VmConfig;
+use husk_config::{DeviceUpdate, VmConfig};
 use husk_devices::i8042::I8042;
 use husk_devices::power::{self, PowerPorts};
 use husk_devices::pvpanic::PvPanic;
@@ -56,6 +57,7 @@ pub struct Vm {
     power: Arc<PowerPorts>,
     panic_is_warm: bool,
     halted_before: bool,
+    devices: Devices,
     _kvm: Arc<husk_kvm::Vm>,
     memory: GuestMemory,
 }
@@ -75,27 +77,36 @@ impl Vm {
     /// kernel.
     pub fn build(config: &VmConfig, host: &Host) -> Result<Self, Error> {
         config.validate()?;
+        let slots = devices::slots(config)?;
         // Before KVM's descriptors, so that it is dropped after them.
         let memory = GuestMemory::new(memory_size(config)?)?;
         let kvm = Kvm::open()?;
         let (cpuid, template) = channel();
         let (machine, boot) = thread::scope(|scope| {
-            let (kvm, memory) = (&kvm, &memory);
+            let (kvm, memory, slots) = (&kvm, &memory, slots.as_slice());
             let boot = scope.spawn(move || {
-                let boot = prepare_boot(config, memory, host)?;
+                let boot = prepare_boot(config, memory, host, slots)?;
+                let devices = devices::open(config)?;
                 // Second, because KVM_CREATE_VM takes ten times as long while this runs beside it.
                 let template = Arc::new(cpuid_template(kvm, config)?);
                 // When nobody listens, creating the machine has failed, and that is what the user hears of.
                 let _ = cpuid.send(Arc::clone(&template));
-                Ok((template, boot))
+                Ok((template, boot, devices))
             });
             let machine = Machine::create(kvm, config, memory, host, template);
             // A panic has ended the process before this could be seen.
             let failed = Err(Error::State("the loading thread failed"));
             (machine, boot.join().unwrap_or(failed))
         });
-        let (machine, (template, boot)) = (machine?, boot?);
-        machine.complete(config, memory, &template, boot)
+        let (machine, (template, boot, opened)) = (machine?, boot?);
+        let place = Place {
+            slots: &slots,
+            bus: &machine.shared.mmio,
+            memory: memory.memory(),
+            kvm: &machine.kvm,
+        };
+        let devices = Devices::attach(opened, config.pci, &place)?;
+        machine.complete(config, (memory, devices), &template, boot)
     }
 
     /// Let the guest run.
@@ -142,6 +153,11 @@ impl Vm {
     /// The guest has not taken the last press yet.
     pub fn is_press_pending(&self) -> bool {
         self.power.is_press_pending()
+    }
+
+    /// Change the device called `id`.
+    pub fn update_device(&self, id: &str, change: DeviceUpdate) -> Result<(), Error> {
+        self.devices.update(id, change)
     }
 
     /// End the VM with `outcome` unless it has ended already.
@@ -244,7 +260,7 @@ impl Machine {
     fn complete(
         self,
         config: &VmConfig,
-        memory: GuestMemory,
+        (memory, devices): (GuestMemory, Devices),
         template: &Arc<Template>,
         boot: BootState,
     ) -> Result<Vm, Error> {
@@ -260,6 +276,7 @@ impl Machine {
             power: self.power,
             panic_is_warm: config.boot_source.command_line().contains(PANIC_WARM),
             halted_before: false,
+            devices,
             _kvm: self.kvm,
             memory,
         };
@@ -391,12 +408,18 @@ fn register_memory(
 }
 
 /// Kernel, initrd and tables into memory.
-fn prepare_boot(config: &VmConfig, memory: &GuestMemory, host: &Host) -> Result<BootState, Error> {
+fn prepare_boot(
+    config: &VmConfig,
+    memory: &GuestMemory,
+    host: &Host,
+    slots: &[MmioSlot],
+) -> Result<BootState, Error> {
     let cpus = config.machine_config.vcpu_count;
-    let boot = load(&config.boot_source, memory, &host.cache)?;
+    let boot = load(config, slots, memory, &host.cache)?;
     let acpi = AcpiConfig {
         cpus,
-        virtio_mmio: &[],
+        virtio_mmio: slots,
+        pci: config.pci,
     };
     memory.write(layout::ACPI, &acpi::tables(&acpi, layout::ACPI)?)?;
     memory.write(layout::MP_TABLE, &mptable::table(cpus, layout::MP_TABLE)?)?;

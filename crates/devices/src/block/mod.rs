@@ -1,1 +1,298 @@
-//! virtio-block.
+//! virtio-blk (virtio 1.2, 5.2): disks in raw files and block devices of the host.
+//!
+//! A request goes straight between the file and the guest's pages, either waited for on the I/O thread or through io_uring,
+//! with one ring for the whole device. `request` makes a descriptor chain into steps, each a call to the host; `io` makes the
+//! calls; `engine` goes from queue to queue; here are start, stop and the changes while the VM runs.
+//!
+//! **Architecture Invariant:** `unsafe` is in `io` only. Nothing here interprets what is in the file: images are raw.
+
+mod bounce;
+mod disk;
+mod engine;
+mod io;
+mod layout;
+mod request;
+#[cfg(test)]
+mod tests;
+
+use crate::rate_limiter::{self, RateLimiter};
+use bounce::Bounce;
+use disk::{Access, Disk};
+use engine::Engine;
+use husk_config::{DeviceUpdate, Drive};
+use husk_virtio::{
+    ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, GuestMemory, VirtioDevice,
+};
+use request::Rules;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+/// Bytes of a sector, the unit of the protocol (5.2.5).
+const SECTOR: u64 = 512;
+/// Descriptors of a queue, at most.
+const QUEUE_SIZE: u16 = 256;
+/// Buffers of data in a request, at most: what a queue has room for, without header and status.
+const SEGMENTS: u32 = 254;
+/// Bytes of each of them, at most, so that no request keeps the I/O thread for long.
+const SEGMENT_SIZE: u32 = 1 << 20;
+/// Segments of a discard, at most.
+const MAX_DISCARD_SEGMENTS: u32 = 64;
+/// The source that tells of completions.
+const COMPLETIONS: u32 = 0;
+/// The source that tells of tokens.
+const TOKENS: u32 = 1;
+
+/// Why a disk cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// open, read-only.
+    #[error("the disk {0} cannot be opened")]
+    Open(PathBuf, #[source] std::io::Error),
+    /// open, for writing.
+    #[error(
+        "the disk {0} cannot be opened for reading and writing; attach it read-only if the guest need not write"
+    )]
+    OpenToWrite(PathBuf, #[source] std::io::Error),
+    /// The file system has no O_DIRECT.
+    #[error("the disk {0} cannot be opened with O_DIRECT; attach it without `direct`")]
+    Direct(PathBuf, #[source] std::io::Error),
+    /// Neither a file nor a block device.
+    #[error("the disk {0} is neither a file nor a block device; give a raw image")]
+    NotADisk(PathBuf),
+    /// stat, or the like.
+    #[error("the size of the disk {0} cannot be read")]
+    Read(PathBuf, #[source] std::io::Error),
+    /// Locked, wanted for writing.
+    #[error(
+        "the disk {0} is in use by another VM or process; stop that one, or attach the disk read-only to all"
+    )]
+    Used(PathBuf),
+    /// Locked for writing, wanted read-only.
+    #[error(
+        "the disk {0} is being written by another VM or process; stop that one, or attach the disk read-only there too"
+    )]
+    Written(PathBuf),
+    /// A new file with larger blocks than the guest knows of.
+    #[error(
+        "the disk {0} needs blocks of {1} bytes, and the guest was told {2}; give one with smaller blocks"
+    )]
+    Blocks(PathBuf, u32, u32),
+    /// io_uring was asked for, and there is none.
+    #[error("io_uring cannot be set up for the disk {0}; choose the engine Sync or Auto")]
+    IoUring(PathBuf, #[source] std::io::Error),
+    /// No timer.
+    #[error("the limits of the disk {0} cannot be set up")]
+    Limiter(PathBuf, #[source] rate_limiter::Error),
+}
+
+/// A block device.
+pub struct Block {
+    access: Access,
+    features: u64,
+    queue_count: u16,
+    id: [u8; 20],
+    config: Arc<ConfigSpace>,
+    disk: Disk,
+    limiter: RateLimiter,
+    engine: Engine,
+    bounce: Bounce,
+    chain: Chain,
+    /// By number; those that the driver enabled.
+    queues: Vec<Option<Queue>>,
+    /// Where the next turn of waiting queues begins.
+    turn: usize,
+    started: Option<Started>,
+    /// A failure of the host was reported.
+    has_warned: bool,
+}
+
+/// A queue in use.
+struct Queue {
+    active: ActiveQueue,
+    /// It may hold requests that there were no tokens or no room for.
+    waits: bool,
+}
+
+/// What lasts from start to stop.
+struct Started {
+    mem: Arc<GuestMemory>,
+    rules: Rules,
+}
+
+impl Block {
+    /// Open and lock the file of `drive`, which was checked with its VM's configuration.
+    pub fn new(drive: &Drive) -> Result<Self, Error> {
+        let path = &drive.path_on_host;
+        let access = Access {
+            read_only: drive.is_read_only,
+            direct: drive.direct,
+        };
+        let disk = Disk::open(path, access)?;
+        let limiter = RateLimiter::new(drive.rate_limiter);
+        let mut id = [0; 20];
+        for (to, from) in id.iter_mut().zip(drive.drive_id.bytes()) {
+            *to = from;
+        }
+        Ok(Self {
+            access,
+            features: layout::features(drive),
+            queue_count: drive.queues,
+            id,
+            config: ConfigSpace::new(layout::config(drive, &disk)),
+            limiter: limiter.map_err(|e| Error::Limiter(path.clone(), e))?,
+            engine: Engine::new(drive)?,
+            disk,
+            bounce: Bounce::default(),
+            chain: Chain::default(),
+            queues: (0..drive.queues).map(|_| None).collect(),
+            turn: 0,
+            started: None,
+            has_warned: false,
+        })
+    }
+
+    /// What requests must keep to from now on.
+    fn rules(&self, features: u64) -> Rules {
+        let (max_discard, max_zeroes) = layout::segment_limits(&self.disk);
+        let flush = 1 << VIRTIO_BLK_F_FLUSH;
+        Rules {
+            capacity: self.disk.capacity,
+            block_size: self.disk.block_size.into(),
+            read_only: self.access.read_only,
+            is_device: self.disk.is_device,
+            features,
+            // 5.2.6.2: without flushes, what is written is on the disk.
+            write_through: self.features & flush != 0 && features & flush == 0,
+            max_discard,
+            max_zeroes,
+            id: self.id,
+        }
+    }
+
+    /// Go on with another file, or with what is new about this one; whether the driver should look at its capacity.
+    fn change_file(&mut self, path: Option<&Path>) -> Result<bool, Error> {
+        let Some(path) = path else {
+            return self.disk.read_size();
+        };
+        let (mut disk, same) = Disk::open_beside(path, self.access, Some(&self.disk))?;
+        if same {
+            return self.disk.read_size();
+        }
+        if disk.block_size > self.disk.block_size {
+            let sizes = (disk.block_size, self.disk.block_size);
+            return Err(Error::Blocks(path.into(), sizes.0, sizes.1));
+        }
+        // The guest goes on with the blocks that it knows.
+        disk.block_size = self.disk.block_size;
+        disk.read_size()?;
+        self.disk = disk;
+        Ok(true)
+    }
+}
+
+impl VirtioDevice for Block {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            id: VIRTIO_ID_BLOCK,
+            features: self.features,
+            queue_sizes: vec![QUEUE_SIZE; usize::from(self.queue_count)],
+            config: Arc::clone(&self.config),
+        }
+    }
+
+    fn start(&mut self, features: u64, queues: Vec<ActiveQueue>) -> Result<(), DeviceError> {
+        let Some(mem) = queues.first().map(|queue| queue.memory().clone()) else {
+            return Ok(());
+        };
+        let mem = Arc::new(mem);
+        self.engine.start(&mem);
+        self.started = Some(Started {
+            mem,
+            rules: self.rules(features),
+        });
+        for active in queues {
+            if let Some(place) = self.queues.get_mut(usize::from(active.index())) {
+                *place = Some(Queue {
+                    active,
+                    waits: false,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Vec<ActiveQueue> {
+        if let Err(e) = self.drain() {
+            log::debug!("a disk stops with a broken queue: {e}");
+        }
+        self.engine.stop();
+        self.started = None;
+        let queues = self.queues.iter_mut().filter_map(Option::take);
+        queues.map(|queue| queue.active).collect()
+    }
+
+    fn queue_ready(&mut self, index: u16) -> Result<(), DeviceError> {
+        self.serve(index)
+    }
+
+    fn sources(&self) -> Vec<(RawFd, u32)> {
+        let completions = self.engine.source().map(|fd| (fd, COMPLETIONS));
+        let tokens = (self.limiter.source(), TOKENS);
+        completions.into_iter().chain([tokens]).collect()
+    }
+
+    fn source_ready(&mut self, token: u32) -> Result<(), DeviceError> {
+        match token {
+            TOKENS if !self.limiter.timer_fired() => return Ok(()),
+            TOKENS => {}
+            _ => {
+                self.engine.submit()?;
+                self.complete()?;
+            }
+        }
+        self.serve_waiting()
+    }
+
+    fn update(&mut self, change: &DeviceUpdate) -> Result<(), DeviceError> {
+        let DeviceUpdate::Disk { path, rate_limiter } = change else {
+            let what = format!("a disk does not take {change:?}");
+            return Err(DeviceError::Unsupported(what));
+        };
+        // Requests in flight end with the file that they began with.
+        self.drain()?;
+        let changed = self.change_file(path.as_deref()).map_err(refused)?;
+        if let Some(features) = self.started.as_ref().map(|s| s.rules.features) {
+            let rules = self.rules(features);
+            if let Some(started) = &mut self.started {
+                started.rules = rules;
+            }
+        }
+        // Nothing fails from here on.
+        if let Some(limits) = rate_limiter {
+            self.limiter.update(*limits);
+        }
+        if changed {
+            let sectors = self.disk.sectors().to_le_bytes();
+            self.config.set(layout::CAPACITY, &sectors);
+            self.has_warned = false;
+            if let Some(queue) = self.queues.iter().flatten().next() {
+                queue.active.interrupt().config();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An update that cannot be, with its causes.
+fn refused(error: Error) -> DeviceError {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(&error);
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    DeviceError::Unsupported(text)
+}

@@ -1,6 +1,6 @@
 //! What every device must do and survive, over every transport.
 
-use super::{Driver, Layout, Mmio, Registers, memory};
+use super::{Driver, Layout, Mmio, Pci, Registers, memory};
 use crate::{DeviceThread, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, GuestMemory, VirtioDevice};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,9 +19,14 @@ pub struct Subject<'a> {
 type Attach = fn(Box<dyn VirtioDevice>, &Arc<DeviceThread>, &GuestMemory) -> Box<dyn Registers>;
 
 fn transports() -> Vec<(&'static str, Attach)> {
-    vec![("mmio", |device, thread, mem| {
-        Box::new(Mmio::new(device, thread, mem))
-    })]
+    vec![
+        ("mmio", |device, thread, mem| {
+            Box::new(Mmio::new(device, thread, mem))
+        }),
+        ("pci", |device, thread, mem| {
+            Box::new(Pci::new(device, thread, mem))
+        }),
+    ]
 }
 
 /// Everything in this kit, for `subject`.
@@ -279,9 +284,22 @@ fn malformed_chain(driver: &mut Driver, eager: &[usize], malform: Malform) {
         }
         match driver.registers.status() & 0x40 {
             0 => assert!(!must, "queue {queue}: the device takes it"),
-            _ => assert!(driver.registers.take_interrupt(), "the driver was not told"),
+            // The status says so a moment before the interrupt.
+            _ => assert!(interrupted(driver), "the driver was not told"),
         }
     }
+}
+
+/// Whether there is an interrupt before long.
+fn interrupted(driver: &Driver) -> bool {
+    let until = Instant::now() + super::PATIENCE;
+    while !driver.registers.take_interrupt() {
+        if Instant::now() > until {
+            return false;
+        }
+        std::thread::sleep(Duration::from_micros(50));
+    }
+    true
 }
 
 /// Any descriptors, some of them sound. The device may ask for a reset, and must go on after one.

@@ -86,6 +86,7 @@ pub struct Core {
     thread: Arc<DeviceThread>,
     mem: GuestMemory,
     signals: Arc<Signals>,
+    when_started: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl Core {
@@ -124,9 +125,15 @@ impl Core {
                 interrupt,
                 needs_reset: AtomicBool::new(false),
             }),
+            when_started: None,
         };
         core.forget_driver();
         Ok(core)
+    }
+
+    /// Call `what` once, on the vCPU that starts the device for the first time.
+    pub fn when_started(&mut self, what: Box<dyn FnOnce() + Send>) {
+        self.when_started = Some(what);
     }
 
     /// virtio device ID (5).
@@ -402,6 +409,9 @@ impl Core {
                 // Buffers may have been made available before anyone listened.
                 for (_, kick) in self.kicks() {
                     let _ = kick.write(1);
+                }
+                if let Some(what) = self.when_started.take() {
+                    what();
                 }
             }
             Err((Some(device), why)) => {

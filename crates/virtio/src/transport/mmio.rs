@@ -130,6 +130,11 @@ impl MmioTransport {
         registers.core.kicks().map(doorbell).collect()
     }
 
+    /// Call `what` once, when a driver starts the device for the first time.
+    pub fn when_started(&self, what: Box<dyn FnOnce() + Send>) {
+        self.lock().core.when_started(what);
+    }
+
     /// Use the transport's core, with vCPUs kept out meanwhile.
     pub fn with_core<R>(&self, what: impl FnOnce(&mut Core) -> R) -> R {
         what(&mut self.lock().core)

@@ -1,0 +1,126 @@
+//! The device with a socket that behaves like a tap: most of what it does. Real backends have files of their own.
+
+mod passt;
+mod pipe;
+mod queues;
+mod tap;
+
+use super::*;
+use husk_virtio::testing::{Driver, Layout, Mmio, PATIENCE, memory};
+use husk_virtio::transport::mmio::MmioTransport;
+use husk_virtio::{DeviceThread, F_RING_RESET};
+use pipe::{Far, pipe};
+use std::time::{Duration, Instant};
+use vm_memory::{Bytes, GuestAddress};
+
+/// A device that a driver has started.
+struct Rig {
+    driver: Driver,
+    transport: Arc<MmioTransport>,
+}
+
+impl Rig {
+    /// `net`, behind a transport, with all features but those `without`.
+    fn start(net: Net, without: u64) -> Self {
+        let thread = Arc::new(DeviceThread::start("net", || ()).unwrap());
+        let mem = memory();
+        let registers = Mmio::new(Box::new(net), &thread, &mem);
+        let transport = Arc::clone(&registers.transport);
+        let mut driver = Driver::new(Box::new(registers), mem);
+        driver.start(!without, 256);
+        Self { driver, transport }
+    }
+
+    /// A device with a pipe, and its far end.
+    fn with_pipe(config: &NetworkInterface, without: u64) -> (Self, Far) {
+        let (backend, far) = pipe(config.queues);
+        let net = Net::with_backend(config, Box::new(backend)).unwrap();
+        (Self::start(net, without), far)
+    }
+
+    /// Give the receive queue `count` buffers of `size` bytes.
+    fn give(&mut self, queue: usize, count: usize, size: usize) -> Vec<(u16, u64)> {
+        let buffers = (0..count).map(|_| {
+            let buffers = self.driver.chain(&[], &[size]);
+            let head = self.driver.queues[queue].add(&buffers, Layout::Direct, 0);
+            (head, buffers.writable[0].0)
+        });
+        let buffers = buffers.collect();
+        self.driver.registers.notify(queue as u16);
+        buffers
+    }
+
+    /// The next packet in the receive queue, with its header, out of the buffers that [`Rig::give`] gave.
+    #[track_caller]
+    fn take(&mut self, queue: usize, given: &[(u16, u64)]) -> Vec<u8> {
+        let mut packet = Vec::new();
+        let mut left = 1;
+        while left > 0 {
+            let (head, written) = self.driver.wait_used(queue);
+            let &(_, address) = given.iter().rfind(|(own, _)| *own == head).unwrap();
+            let mut part = vec![0; written as usize];
+            let mem = &self.driver.mem;
+            mem.read_slice(&mut part, GuestAddress(address)).unwrap();
+            if packet.is_empty() {
+                left = u16::from_le_bytes([part[10], part[11]]);
+                assert_ne!(left, 0, "a packet in no buffer");
+            }
+            packet.extend(part);
+            left -= 1;
+        }
+        packet
+    }
+
+    /// Send a packet: header and frame in buffers of their own.
+    fn send(&mut self, queue: usize, frame: &[u8]) {
+        self.driver.request(queue, &[&[0; 12], frame], &[]);
+    }
+
+    fn update(&self, change: DeviceUpdate) -> Result<(), String> {
+        let done = self.transport.with_core(|core| {
+            core.with_device(move |device| device.update(&change).map_err(|e| e.to_string()))
+        });
+        done.unwrap()
+    }
+
+    fn plug(&self, up: bool) {
+        self.update(DeviceUpdate::Network {
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+            link_up: Some(up),
+        })
+        .unwrap();
+    }
+
+    fn link_status(&self) -> u16 {
+        let mut status = [0; 2];
+        self.driver.registers.read_config(6, &mut status);
+        u16::from_le_bytes(status)
+    }
+
+    #[track_caller]
+    fn wait_link_down(&self) {
+        wait("the link stays up", || self.link_status() == 0);
+        wait("nobody was told", || self.driver.registers.take_interrupt());
+    }
+}
+
+#[track_caller]
+fn wait(what: &str, done: impl Fn() -> bool) {
+    let until = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < until, "{what}");
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+/// A frame of `length` bytes, different for each `seed`.
+fn frame(seed: u8, length: usize) -> Vec<u8> {
+    let bytes =
+        (0..length).map(|at| (at as u8).wrapping_mul(7).wrapping_add((at >> 8) as u8) ^ seed);
+    bytes.collect()
+}
+
+fn interface(name: &str) -> NetworkInterface {
+    NetworkInterface::new(name)
+}

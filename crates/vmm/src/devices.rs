@@ -1,0 +1,421 @@
+//! Virtio devices: made from their configuration, put on a bus, and connected to KVM.
+
+use crate::error::Error;
+use husk_arch::acpi::MmioSlot;
+use husk_arch::layout;
+use husk_bus::Bus;
+use husk_config::{DeviceUpdate, VmConfig, default_boot_args};
+use husk_devices::balloon::Balloon;
+use husk_devices::block::Block;
+use husk_devices::entropy::Entropy;
+use husk_devices::net::Net;
+use husk_devices::vsock::Vsock;
+use husk_kvm::MsiVectors;
+use husk_pci::{HostBridge, Message, MsiSink, Relocate};
+use husk_virtio::transport::mmio::MmioTransport;
+use husk_virtio::transport::pci::PciTransport;
+use husk_virtio::transport::{Core, Doorbell};
+use husk_virtio::{DeviceThread, GuestMemory, VirtioDevice};
+use std::fmt::Write;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+/// A device that is on no bus yet, with its name.
+type Named = (String, Box<dyn VirtioDevice>);
+
+/// How many devices have an interrupt line of their own.
+const MOST_ON_MMIO: usize = (layout::IO_APIC_PINS - layout::VIRTIO_IRQ) as usize;
+/// Device numbers of a PCI bus, less the host bridge's.
+const MOST_ON_PCI: usize = 31;
+
+/// Open what the devices of `config` need of the host. Nothing of it depends on KVM.
+pub fn open(config: &VmConfig) -> Result<Vec<Named>, Error> {
+    let mut devices: Vec<Named> = Vec::new();
+    // The root device first: the guest calls it vda.
+    let (root, others): (Vec<_>, Vec<_>) = config.drives.iter().partition(|d| d.is_root_device);
+    for drive in root.into_iter().chain(others) {
+        let device = Block::new(drive).map_err(|e| failed(&drive.drive_id, e))?;
+        devices.push((drive.drive_id.clone(), Box::new(device)));
+    }
+    for interface in &config.network_interfaces {
+        let device = Net::new(interface).map_err(|e| failed(&interface.iface_id, e))?;
+        devices.push((interface.iface_id.clone(), Box::new(device)));
+    }
+    if let Some(vsock) = &config.vsock {
+        let device = Vsock::new(vsock).map_err(|e| failed("vsock", e))?;
+        devices.push(("vsock".into(), Box::new(device)));
+    }
+    if let Some(entropy) = &config.entropy {
+        let device = Entropy::new(entropy).map_err(|e| failed("entropy", e))?;
+        devices.push(("entropy".into(), Box::new(device)));
+    }
+    if let Some(balloon) = &config.balloon {
+        let device = Balloon::new(balloon).map_err(|e| failed("balloon", e))?;
+        devices.push(("balloon".into(), Box::new(device)));
+    }
+    Ok(devices)
+}
+
+fn failed(id: &str, error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::Device(id.into(), Box::new(error))
+}
+
+/// Number of devices that `config` asks for.
+fn count(config: &VmConfig) -> usize {
+    let singles = [
+        config.vsock.is_some(),
+        config.entropy.is_some(),
+        config.balloon.is_some(),
+    ];
+    let singles = singles.iter().filter(|&&there| there).count();
+    config.drives.len() + config.network_interfaces.len() + singles
+}
+
+/// Where the devices of `config` are on MMIO, in the order of [`open`]; nowhere, when they are on PCI.
+pub fn slots(config: &VmConfig) -> Result<Vec<MmioSlot>, Error> {
+    let count = count(config);
+    let most = if config.pci {
+        MOST_ON_PCI
+    } else {
+        MOST_ON_MMIO
+    };
+    if count > most {
+        return Err(Error::TooManyDevices { count, most });
+    }
+    if config.pci {
+        return Ok(Vec::new());
+    }
+    let slot = |index: u32| MmioSlot {
+        address: layout::VIRTIO_MMIO + u64::from(index) * layout::VIRTIO_MMIO_SIZE,
+        size: layout::VIRTIO_MMIO_SIZE,
+        irq: layout::VIRTIO_IRQ + index,
+    };
+    Ok((0..count as u32).map(slot).collect())
+}
+
+/// The kernel's whole command line: the user's, and what it must know of the devices.
+pub fn command_line(config: &VmConfig, slots: &[MmioSlot]) -> Result<String, Error> {
+    let given = &config.boot_source.boot_args;
+    let mut line = match given {
+        Some(given) => given.clone(),
+        None => default_boot_args(config.pci),
+    };
+    if let Some(root) = config.drives.iter().find(|drive| drive.is_root_device) {
+        let mode = if root.is_read_only { "ro" } else { "rw" };
+        let place = match &root.partuuid {
+            Some(partition) => format!("PARTUUID={partition}"),
+            None => "/dev/vda".into(),
+        };
+        let _ = write!(line, " root={place} {mode}");
+    }
+    // For kernels without ACPI; one with it finds the device there first.
+    for MmioSlot { address, size, irq } in slots {
+        let _ = write!(line, " virtio_mmio.device={size:#x}@{address:#x}:{irq}");
+    }
+    match line.len() {
+        0..=husk_config::MAX_BOOT_ARGS => Ok(line),
+        length => Err(husk_config::Error::BootArgsTooLong(length).into()),
+    }
+}
+
+/// The virtio devices of a VM. Dropped before guest memory: transports and devices hold handles on it.
+#[derive(Default)]
+pub struct Devices {
+    attached: Vec<(String, Transport)>,
+    _doorbells: Option<DoorbellThread>,
+}
+
+enum Transport {
+    Mmio(Arc<MmioTransport>),
+    Pci(Arc<PciTransport>),
+}
+
+/// Where devices are put, and what they are connected to.
+pub struct Place<'a> {
+    /// Where devices on MMIO are; empty when they are on PCI.
+    pub slots: &'a [MmioSlot],
+    /// Guest-physical addresses.
+    pub bus: &'a Bus,
+    /// The guest's memory.
+    pub memory: &'a GuestMemory,
+    /// The VM.
+    pub kvm: &'a Arc<husk_kvm::Vm>,
+}
+
+impl Devices {
+    /// Put `devices` on MMIO or, with `pci`, on PCI, and connect their interrupts. Doorbells follow when a driver starts a
+    /// device: KVM takes milliseconds for each, and until it is done a kick merely costs an exit.
+    pub fn attach(devices: Vec<Named>, pci: bool, place: &Place) -> Result<Self, Error> {
+        let bridge = pci.then(|| add_host_bridge(place.bus)).transpose()?;
+        if devices.is_empty() {
+            return Ok(Self::default());
+        }
+        let thread = DeviceThread::start("io0", || ()).map_err(|e| failed("I/O thread", e))?;
+        let thread = Arc::new(thread);
+        let doorbells = DoorbellThread::start(Arc::clone(place.kvm))?;
+        let mut attached = Vec::new();
+        for (index, (id, device)) in devices.into_iter().enumerate() {
+            let thread = Arc::clone(&thread);
+            let transport = match (&bridge, place.slots.get(index)) {
+                (Some(bridge), _) => attach_pci(device, thread, place, bridge, &doorbells)?,
+                (None, Some(slot)) => attach_mmio(device, thread, place, slot, &doorbells)?,
+                (None, None) => return Err(Error::State("a device has no place")),
+            };
+            attached.push((id, transport));
+        }
+        Ok(Self {
+            attached,
+            _doorbells: Some(doorbells),
+        })
+    }
+
+    /// Change the device called `id` while the VM runs.
+    pub fn update(&self, id: &str, change: DeviceUpdate) -> Result<(), Error> {
+        let found = self.attached.iter().find(|(own, _)| own == id);
+        let (_, transport) = found.ok_or_else(|| Error::NoDevice(id.into()))?;
+        let updated = transport.with_core(|core| core.with_device(move |d| d.update(&change)));
+        match updated {
+            Some(result) => result.map_err(|e| failed(id, e)),
+            None => Err(Error::NoDevice(id.into())),
+        }
+    }
+}
+
+impl Transport {
+    fn with_core<R>(&self, what: impl FnOnce(&mut Core) -> R) -> R {
+        match self {
+            Transport::Mmio(transport) => transport.with_core(what),
+            Transport::Pci(transport) => transport.with_core(what),
+        }
+    }
+}
+
+fn attach_mmio(
+    device: Box<dyn VirtioDevice>,
+    thread: Arc<DeviceThread>,
+    place: &Place,
+    slot: &MmioSlot,
+    doorbells: &DoorbellThread,
+) -> Result<Transport, Error> {
+    let line = EventFd::new(EFD_CLOEXEC).map_err(|e| Error::Host("an eventfd", e))?;
+    place.kvm.register_irqfd(&line, slot.irq)?;
+    let transport = MmioTransport::new(device, thread, place.memory.clone(), line)
+        .map_err(|e| Error::Host("an eventfd", e))?;
+    let (own, base) = (transport.doorbells(), slot.address);
+    let tell = doorbells.sender.clone();
+    transport.when_started(Box::new(move || {
+        // Without a listener the VM is being taken down.
+        let _ = tell.send(Command::Register(base, own));
+    }));
+    let transport = Arc::new(transport);
+    place
+        .bus
+        .insert(slot.address, slot.size, transport.clone())?;
+    Ok(Transport::Mmio(transport))
+}
+
+fn add_host_bridge(bus: &Bus) -> Result<Arc<HostBridge>, Error> {
+    let (window, size) = (layout::PCI_WINDOW, layout::PCI_WINDOW_SIZE);
+    let bridge = HostBridge::new(window..window + size);
+    bus.insert(layout::PCI_ECAM, layout::PCI_ECAM_SIZE, bridge.ecam())?;
+    bus.insert(window, size, bridge.window())?;
+    Ok(bridge)
+}
+
+fn attach_pci(
+    device: Box<dyn VirtioDevice>,
+    thread: Arc<DeviceThread>,
+    place: &Place,
+    bridge: &Arc<HostBridge>,
+    doorbells: &DoorbellThread,
+) -> Result<Transport, Error> {
+    let kvm = Arc::clone(place.kvm);
+    let sink = move |count| {
+        let vectors = MsiVectors::new(kvm, count)?;
+        Ok(Arc::new(Vectors(vectors)) as Arc<dyn MsiSink>)
+    };
+    let transport = PciTransport::new(device, thread, place.memory.clone(), sink)
+        .map_err(|e| Error::Host("an eventfd", e))?;
+    let moving = Arc::new(MovingDoorbells {
+        own: transport.doorbells(),
+        state: Mutex::default(),
+        tell: doorbells.sender.clone(),
+    });
+    let started = Arc::clone(&moving);
+    transport.when_started(Box::new(move || started.start()));
+    let transport = Arc::new(transport);
+    bridge
+        .add(transport.clone(), Some(Box::new(Relocation(moving))))
+        .map_err(|e| failed("bus PCI", e))?;
+    Ok(Transport::Pci(transport))
+}
+
+/// A function's vectors, as KVM knows them.
+struct Vectors(MsiVectors);
+
+impl MsiSink for Vectors {
+    fn set(&self, messages: &[(u16, Message)]) {
+        let messages: Vec<_> = messages
+            .iter()
+            .map(|(vector, message)| (*vector, message.address, message.data))
+            .collect();
+        if let Err(e) = self.0.set(&messages) {
+            // A guest can write any number of messages that KVM refuses.
+            log::debug!(
+                "a message-signalled interrupt has no route: {}",
+                crate::chain(&e)
+            );
+        }
+    }
+
+    fn trigger(&self, vector: u16) {
+        self.0.trigger(vector);
+    }
+}
+
+/// Doorbells of a function whose registers the guest may move.
+struct MovingDoorbells {
+    own: Vec<Doorbell>,
+    /// Where the registers are, and whether a driver has started the device.
+    state: Mutex<(Option<u64>, bool)>,
+    tell: Sender<Command>,
+}
+
+impl MovingDoorbells {
+    fn start(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.1 = true;
+        if let Some(base) = state.0 {
+            let _ = self.tell.send(Command::Register(base, self.own.clone()));
+        }
+    }
+}
+
+struct Relocation(Arc<MovingDoorbells>);
+
+impl Relocate for Relocation {
+    fn relocate(&self, from: Option<u64>, to: Option<u64>) {
+        let Self(doorbells) = self;
+        let state = doorbells.state.lock();
+        let mut state = state.unwrap_or_else(PoisonError::into_inner);
+        state.0 = to;
+        if !state.1 {
+            return;
+        }
+        for command in [
+            from.map(|base| Command::Unregister(base, doorbells.own.clone())),
+            to.map(|base| Command::Register(base, doorbells.own.clone())),
+        ]
+        .into_iter()
+        .flatten()
+        {
+            let _ = doorbells.tell.send(command);
+        }
+    }
+}
+
+/// What the doorbells' thread is told: at which guest-physical address a device's registers begin, and its doorbells.
+enum Command {
+    Register(u64, Vec<Doorbell>),
+    Unregister(u64, Vec<Doorbell>),
+    Stop,
+}
+
+/// A thread that gives doorbells to KVM. Dropped, it ends, and lets go of KVM's VM.
+struct DoorbellThread {
+    sender: Sender<Command>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl DoorbellThread {
+    fn start(kvm: Arc<husk_kvm::Vm>) -> Result<Self, Error> {
+        let (sender, commands) = channel::<Command>();
+        let body = move || {
+            while let Ok(command) = commands.recv() {
+                let result = match command {
+                    Command::Register(base, own) => own.iter().try_for_each(|bell| {
+                        kvm.register_doorbell(base + bell.offset, bell.value, &bell.event)
+                    }),
+                    Command::Unregister(base, own) => own.iter().try_for_each(|bell| {
+                        kvm.unregister_doorbell(base + bell.offset, bell.value, &bell.event)
+                    }),
+                    Command::Stop => return,
+                };
+                if let Err(e) = result {
+                    log::debug!("a virtio device's kicks stay slow: {}", crate::chain(&e));
+                }
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("doorbells".into())
+            .stack_size(64 << 10)
+            .spawn(body)
+            .map_err(|e| Error::Host("a thread for doorbells", e))?;
+        Ok(Self {
+            sender,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for DoorbellThread {
+    fn drop(&mut self) {
+        let _ = self.sender.send(Command::Stop);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the doorbells' thread panicked");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use husk_config::{Drive, Entropy as EntropyConfig};
+
+    fn config() -> VmConfig {
+        let mut root = Drive::new("root", "/img");
+        root.is_root_device = true;
+        VmConfig {
+            drives: vec![Drive::new("data", "/data"), root],
+            entropy: Some(EntropyConfig::default()),
+            ..VmConfig::default()
+        }
+    }
+
+    #[test]
+    fn the_kernel_is_told_of_its_devices() {
+        let mut config = config();
+        let slots = slots(&config).unwrap();
+        assert_eq!(slots.len(), 3);
+        let line = command_line(&config, &slots).unwrap();
+        assert!(line.starts_with(&default_boot_args(false)), "{line}");
+        let end = " root=/dev/vda rw virtio_mmio.device=0x1000@0xc0001000:6 \
+                   virtio_mmio.device=0x1000@0xc0002000:7 virtio_mmio.device=0x1000@0xc0003000:8";
+        assert!(line.ends_with(end), "{line}");
+        config.drives[1].is_read_only = true;
+        config.drives[1].partuuid = Some("1234-01".into());
+        config.boot_source.boot_args = Some("mine".into());
+        let line = command_line(&config, &[]).unwrap();
+        assert_eq!(line, "mine root=PARTUUID=1234-01 ro");
+        config.boot_source.boot_args = Some("x".repeat(2040));
+        assert!(command_line(&config, &slots).is_err());
+    }
+
+    #[test]
+    fn more_devices_than_interrupt_lines_are_refused() {
+        let mut config = VmConfig::default();
+        for index in 0..18 {
+            config.drives.push(Drive::new(format!("d{index}"), "/d"));
+        }
+        assert_eq!(slots(&config).unwrap().last().unwrap().irq, 23);
+        config.entropy = Some(EntropyConfig::default());
+        let error = slots(&config).unwrap_err().to_string();
+        assert!(error.contains("19") && error.contains("--pci"), "{error}");
+        config.pci = true;
+        assert_eq!(slots(&config).unwrap(), []);
+    }
+}
