@@ -16,6 +16,7 @@ use husk_virtio::transport::mmio::MmioTransport;
 use husk_virtio::transport::pci::PciTransport;
 use husk_virtio::transport::{Core, Doorbell};
 use husk_virtio::{DeviceThread, GuestMemory, VirtioDevice};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::fmt::Write;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -44,6 +45,7 @@ pub fn open(config: &VmConfig) -> Result<Vec<Named>, Error> {
         devices.push((interface.iface_id.clone(), Box::new(device)));
     }
     if let Some(vsock) = &config.vsock {
+        raise_descriptor_limit();
         let device = Vsock::new(vsock).map_err(|e| failed("vsock", e))?;
         devices.push(("vsock".into(), Box::new(device)));
     }
@@ -56,6 +58,18 @@ pub fn open(config: &VmConfig) -> Result<Vec<Named>, Error> {
         devices.push(("balloon".into(), Box::new(device)));
     }
     Ok(devices)
+}
+
+/// Each vsock connection takes a descriptor, and the usual soft limit is made for programs that use select().
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(e) = setrlimit(Resource::Nofile, raised) {
+        log::debug!("the limit on descriptors stays: {e}");
+    }
 }
 
 fn failed(id: &str, error: impl std::error::Error + Send + Sync + 'static) -> Error {

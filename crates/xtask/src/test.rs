@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every test of the project.
 
+use crate::apt;
 use crate::cargo::{self, TestProgram};
 use crate::demo::{self, Demo};
 use crate::host::{self, shell_quote};
@@ -19,6 +20,20 @@ const TESTBED_MIB: u32 = 8192;
 
 /// Emulated hosts at a time.
 const TESTBEDS: usize = 2;
+
+/// What tests call: beside what each step installs for itself.
+const TOOLS: &[(&str, &str)] = &[
+    ("gcc", "gcc"),
+    ("/usr/include/stdio.h", "libc6-dev"),
+    ("ip", "iproute2"),
+    ("losetup", "mount"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("mkfs.erofs", "erofs-utils"),
+    ("nsenter", "util-linux"),
+    ("passt", "passt"),
+    ("setpriv", "util-linux"),
+    ("setsid", "util-linux"),
+];
 
 /// How often an emulated host that hangs or ends by itself is replaced. The tests that it had not come to run on the next.
 const REPLACEMENTS: usize = 2;
@@ -57,6 +72,7 @@ struct Tally {
 
 /// Builds and runs them; the last line is `N passed, N failed`.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    apt::need(TOOLS)?;
     let husk = host::step("building husk (release)", cargo::release_binary)?;
     let programs = host::step("building the tests", cargo::test_programs)?;
     let chosen = choose(&programs, &args.names)?;
