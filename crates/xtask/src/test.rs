@@ -100,13 +100,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let end_to_end: Vec<&TestProgram> = of(Kind::EndToEnd).collect();
     if !end_to_end.is_empty() {
-        let env = environment(&husk, &demo::ensure()?, &kernel::ensure()?)?;
+        let mut env = environment(&husk, &demo::ensure()?, &kernel::ensure()?)?;
         let native = args.native || (!args.testbed && demo::runs_linux(&husk)?);
         if native {
             for program in end_to_end {
                 run_native(program, &env, &args.program_args, &mut tally)?;
             }
         } else {
+            env.push(("HUSK_TEST_EMULATED".into(), "1".into()));
             run_on_testbed(&end_to_end, &env, &args.program_args, &mut tally)?;
         }
     }
@@ -156,7 +157,8 @@ fn choose<'a>(programs: &'a [TestProgram], names: &[String]) -> Result<Vec<&'a T
 
 /// What the end-to-end tests find their kernels by.
 fn environment(husk: &Path, demo: &Demo, minimal: &Path) -> Result<Vec<(String, String)>> {
-    let paths: [(&str, PathBuf); 6] = [
+    let paths: [(&str, PathBuf); 7] = [
+        ("HUSK_TEST_TOOL", guest_tool()?),
         ("HUSK_BIN", husk.to_path_buf()),
         ("HUSK_TEST_DEBIAN_KERNEL", demo.vmlinuz.clone()),
         ("HUSK_TEST_MINIMAL_KERNEL", minimal.to_path_buf()),
@@ -171,6 +173,18 @@ fn environment(husk: &Path, demo: &Demo, minimal: &Path) -> Result<Vec<(String, 
         Ok((name.to_owned(), value.to_owned()))
     };
     paths.into_iter().map(text).collect()
+}
+
+/// What tests run in guests, as a static program.
+fn guest_tool() -> Result<PathBuf> {
+    let root = host::workspace_root()?;
+    let tool = root.join("target/guest-tool");
+    let mut gcc = Command::new("gcc");
+    gcc.args(["-static", "-O2", "-o"])
+        .arg(&tool)
+        .arg(root.join("tests/guest/tool.c"));
+    host::run_quiet(&mut gcc)?;
+    Ok(tool)
 }
 
 fn run_native(
