@@ -143,6 +143,7 @@ mod tests {
         check_device(&Subject {
             make: &|| device(None),
             use_it: &use_it,
+            use_again: None,
             eager: &[0],
         });
     }

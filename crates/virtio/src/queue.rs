@@ -6,6 +6,7 @@
 
 use crate::GuestMemory;
 use husk_bus::Interrupt;
+use serde::{Deserialize, Serialize};
 use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -67,7 +68,7 @@ pub enum QueueError {
 }
 
 /// Where a queue is and how far it has come: what a snapshot holds of it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
     /// Number of descriptors.
     pub size: u16,

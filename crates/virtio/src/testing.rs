@@ -8,8 +8,8 @@ pub use kit::{Subject, check_device};
 pub use pci::Pci;
 
 use crate::queue::QueueState;
-use crate::transport::Ring;
 use crate::transport::mmio::MmioTransport;
+use crate::transport::{Core, Ring};
 use crate::{DeviceThread, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, GuestMemory, VirtioDevice};
 use husk_bus::BusDevice;
 use std::sync::Arc;
@@ -54,6 +54,8 @@ pub trait Registers {
     fn write_config(&self, offset: u64, data: &[u8]);
     /// Whether there was an interrupt since the last call.
     fn take_interrupt(&self) -> bool;
+    /// The transport's core, for what no driver can do.
+    fn with_core(&self, what: &mut dyn FnMut(&mut Core));
     /// The registers themselves, for what no driver would do; the size in bytes with them.
     fn raw(&self) -> (Arc<dyn BusDevice>, u64);
 }
@@ -146,6 +148,9 @@ impl Registers for Mmio {
         let status = self.get(0x60);
         self.set(0x64, status);
         edge || status != 0
+    }
+    fn with_core(&self, what: &mut dyn FnMut(&mut Core)) {
+        self.transport.with_core(|core| what(core));
     }
     fn raw(&self) -> (Arc<dyn BusDevice>, u64) {
         (self.transport.clone(), MmioTransport::SIZE)

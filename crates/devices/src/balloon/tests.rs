@@ -69,11 +69,13 @@ fn it_is_a_sound_device() {
     check_device(&Subject {
         make: &|| balloon(&ALL),
         use_it: &use_it,
+        use_again: None,
         eager: &[0, 1],
     });
     check_device(&Subject {
         make: &|| balloon(&Config::default()),
         use_it: &use_it,
+        use_again: None,
         eager: &[0, 1, 2],
     });
 }

@@ -158,8 +158,16 @@ fn it_passes_the_kit() {
     check_device(&Subject {
         make: &|| Box::new(device(&path).unwrap()),
         use_it: &use_it,
+        use_again: Some(&|driver| passes_on(driver)),
         eager: &[TX.into()],
     });
+}
+
+/// The device takes a packet and gives the buffer back: what it received into before is not ours to know.
+fn passes_on(driver: &mut Driver) {
+    let mut guest = Guest::new(driver, &[60], 0, &[44]);
+    let stray = Socket::new(1, 2);
+    guest.send(stray.packet(operation::CREDIT_UPDATE, 0), &[]);
 }
 
 /// Send all of `data` and receive as much, which is to be the same.

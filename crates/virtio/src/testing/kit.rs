@@ -1,7 +1,10 @@
 //! What every device must do and survive, over every transport.
 
 use super::{Driver, Layout, Mmio, Pci, Registers, memory};
+use crate::queue::QueueState;
+use crate::transport::Core;
 use crate::{DeviceThread, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, GuestMemory, VirtioDevice};
+use husk_bus::BusDevice;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +14,8 @@ pub struct Subject<'a> {
     pub make: &'a dyn Fn() -> Box<dyn VirtioDevice>,
     /// Do something useful with a device that was started, and check it.
     pub use_it: &'a dyn Fn(&mut Driver),
+    /// The same after `use_it` without a reset in between, where that needs another way.
+    pub use_again: Option<&'a dyn Fn(&mut Driver)>,
     /// The queues in which the device looks at every buffer at once, and so finds a bad one.
     pub eager: &'a [usize],
 }
@@ -46,6 +51,11 @@ pub fn check_device(subject: &Subject) {
         check("starts and starts again", &|driver| {
             starts_again(driver, subject)
         });
+        check("suspended, saved, loaded, resumed", &|driver| {
+            let mem = driver.mem.clone();
+            let fresh = || attach((subject.make)(), &thread, &mem);
+            saved_and_loaded(driver, subject, &fresh);
+        });
         check("status out of order", &status_out_of_order);
         check("features that were not offered", &features_not_offered);
         check("configuration at odd places", &odd_configuration);
@@ -70,6 +80,53 @@ fn starts_again(driver: &mut Driver, subject: &Subject) {
             (subject.use_it)(driver);
         }
     }
+}
+
+/// The driver notices nothing, neither of a pause nor of another device in the place of its own.
+fn saved_and_loaded(
+    driver: &mut Driver,
+    subject: &Subject,
+    fresh: &dyn Fn() -> Box<dyn Registers>,
+) {
+    let use_again = subject.use_again.unwrap_or(subject.use_it);
+    driver.start(u64::MAX, 64);
+    (subject.use_it)(driver);
+    let save = |driver: &Driver| {
+        let mut state = None;
+        driver.registers.with_core(&mut |core| {
+            core.suspend();
+            state = core.save();
+        });
+        state.expect("a device that was not lost")
+    };
+    let state = save(driver);
+    driver.registers.with_core(&mut |core| core.resume());
+    assert_eq!(driver.registers.status(), 15);
+    use_again(driver);
+    let later = save(driver);
+    assert_eq!(later.features, state.features);
+    let text = serde_json::to_string(&later).expect("a state is data");
+    let read = serde_json::from_str(&text).expect("what was written");
+    assert_eq!(later, read);
+    let mut read = Some(read);
+    // As in another process: the first device is gone before the other one comes.
+    driver.registers = Box::new(Gone);
+    let fresh = fresh();
+    fresh.with_core(&mut |core| {
+        let state = read.take().expect("one call");
+        core.load(state.clone()).expect("a state that was saved");
+        assert_eq!(core.save(), Some(state));
+        core.resume();
+    });
+    driver.registers = fresh;
+    assert_eq!(driver.registers.status(), 15);
+    use_again(driver);
+    let mut other = save(driver);
+    other.queues.pop();
+    driver.registers.set_status(0);
+    driver.registers.with_core(&mut |core| {
+        assert!(core.load(other.clone()).is_err(), "other queues");
+    });
 }
 
 fn status_out_of_order(driver: &mut Driver) {
@@ -182,7 +239,7 @@ fn queues_outside_memory(driver: &mut Driver) {
         driver.registers.set_status(3);
         driver.registers.set_driver_features(driver.features);
         driver.registers.set_status(11);
-        let state = crate::queue::QueueState {
+        let state = QueueState {
             size,
             ..driver.queues[0].state
         };
@@ -345,5 +402,50 @@ impl Random {
 
     fn below(&mut self, end: u64) -> u64 {
         self.next() % end
+    }
+}
+
+/// In the place of a device that is gone.
+struct Gone;
+
+impl Registers for Gone {
+    fn status(&self) -> u8 {
+        unreachable!("no device")
+    }
+    fn set_status(&self, _: u8) {
+        unreachable!("no device")
+    }
+    fn device_features(&self) -> u64 {
+        unreachable!("no device")
+    }
+    fn set_driver_features(&self, _: u64) {
+        unreachable!("no device")
+    }
+    fn queue_max_size(&self, _: u16) -> u16 {
+        unreachable!("no device")
+    }
+    fn enable_queue(&self, _: u16, _: &QueueState) {
+        unreachable!("no device")
+    }
+    fn reset_queue(&self, _: u16) {
+        unreachable!("no device")
+    }
+    fn notify(&self, _: u16) {
+        unreachable!("no device")
+    }
+    fn read_config(&self, _: u64, _: &mut [u8]) {
+        unreachable!("no device")
+    }
+    fn write_config(&self, _: u64, _: &[u8]) {
+        unreachable!("no device")
+    }
+    fn take_interrupt(&self) -> bool {
+        unreachable!("no device")
+    }
+    fn with_core(&self, _: &mut dyn FnMut(&mut Core)) {
+        unreachable!("no device")
+    }
+    fn raw(&self) -> (Arc<dyn BusDevice>, u64) {
+        unreachable!("no device")
     }
 }

@@ -2,6 +2,7 @@
 
 use super::Registers;
 use crate::queue::QueueState;
+use crate::transport::Core;
 use crate::transport::pci::{PciTransport, layout};
 use crate::{DeviceThread, GuestMemory, VirtioDevice};
 use husk_bus::BusDevice;
@@ -224,6 +225,9 @@ impl Registers for Pci {
     }
     fn take_interrupt(&self) -> bool {
         self.sink.take() != 0
+    }
+    fn with_core(&self, what: &mut dyn FnMut(&mut Core)) {
+        self.transport.with_core(|core| what(core));
     }
     fn raw(&self) -> (Arc<dyn BusDevice>, u64) {
         (self.transport.clone(), layout::BAR_SIZE)

@@ -1,10 +1,11 @@
 //! What all transports have in common: the status machine (2.1, 3.1), features (2.2), queue set-up, and where the device is.
 
-use crate::device::{ConfigSpace, DeviceInfo, VirtioDevice};
+use crate::device::{ConfigSpace, DeviceError, DeviceInfo, DeviceState, VirtioDevice};
 use crate::queue::{ActiveQueue, QueueState};
 use crate::thread::{DeviceThread, RunningId};
 use crate::{F_EVENT_IDX, F_RING_RESET, F_VERSION_1, GuestMemory, RING_FEATURES};
 use husk_bus::Interrupt;
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use virtio_bindings::bindings::virtio_config::{
@@ -40,6 +41,28 @@ struct Setup {
     state: QueueState,
     enabled: bool,
     kick: Arc<EventFd>,
+}
+
+/// What a snapshot holds of a queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueSetup {
+    /// Where it is and how far it has come.
+    pub state: QueueState,
+    /// The driver has enabled it.
+    pub enabled: bool,
+}
+
+/// What a snapshot holds of a device and of its driver's work, whatever the transport.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CoreState {
+    /// The device status field, with DEVICE_NEEDS_RESET.
+    pub status: u8,
+    /// Features that the driver has accepted.
+    pub features: u64,
+    /// By number.
+    pub queues: Vec<QueueSetup>,
+    /// The device's own progress.
+    pub device: DeviceState,
 }
 
 /// Where the device is.
@@ -382,6 +405,68 @@ impl Core {
     /// How the driver is interrupted; also sets DEVICE_NEEDS_RESET.
     pub fn interrupt(&self) -> Arc<dyn Interrupt> {
         Arc::clone(&self.signals) as Arc<dyn Interrupt>
+    }
+
+    /// Stop the device, after what is in flight, as it is: the driver learns nothing of it. Its vCPUs must not run.
+    pub fn suspend(&mut self) {
+        self.stop();
+    }
+
+    /// Let a device that was suspended, or loaded, go on.
+    pub fn resume(&mut self) {
+        if self.status & DRIVER_OK != 0 && self.status & FAILED == 0 {
+            self.start();
+        }
+    }
+
+    /// What a snapshot must hold; None when the device was lost. Only while suspended.
+    pub fn save(&self) -> Option<CoreState> {
+        let Place::Here(device) = &self.place else {
+            return None;
+        };
+        let setup = |queue: &Setup| QueueSetup {
+            state: queue.state,
+            enabled: queue.enabled,
+        };
+        Some(CoreState {
+            status: self.status(),
+            features: self.accepted,
+            queues: self.queues.iter().map(setup).collect(),
+            device: device.save(),
+        })
+    }
+
+    /// Take over what [`Core::save`] gave, of a device with the same configuration. After [`Core::resume`] the driver finds it
+    /// as it was. Only before any driver came; an error leaves it like that.
+    pub fn load(&mut self, state: CoreState) -> Result<(), DeviceError> {
+        let CoreState {
+            status,
+            features,
+            queues,
+            device,
+        } = state;
+        let Place::Here(own) = &mut self.place else {
+            return Err(DeviceError::Driver("is there already"));
+        };
+        let sizes = queues.iter().zip(&self.queues);
+        let fitting = |(new, own): (&QueueSetup, &Setup)| new.state.size <= own.max_size;
+        if features & !self.offered != 0
+            || queues.len() != self.queues.len()
+            || !sizes.into_iter().all(fitting)
+        {
+            let why = "the saved device has features or queues that this one has not";
+            return Err(DeviceError::Unsupported(why.into()));
+        }
+        own.load(device)?;
+        self.status = status & !NEEDS_RESET;
+        self.accepted = features;
+        for (own, new) in self.queues.iter_mut().zip(queues) {
+            own.state = new.state;
+            own.enabled = new.enabled;
+        }
+        let broken = status & NEEDS_RESET != 0;
+        self.signals.needs_reset.store(broken, Ordering::Release);
+        Ok(())
     }
 
     fn start(&mut self) {

@@ -4,7 +4,7 @@ mod core;
 pub mod mmio;
 pub mod pci;
 
-pub use self::core::{Core, Ring};
+pub use self::core::{Core, CoreState, QueueSetup, Ring};
 
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;

@@ -93,6 +93,7 @@ fn every_transport_drives_a_device() {
     check_device(&Subject {
         make: &Echo::boxed,
         use_it: &use_echo,
+        use_again: None,
         eager: &[0, 1],
     });
 }

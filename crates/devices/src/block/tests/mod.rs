@@ -239,6 +239,7 @@ fn disks_of_all_kinds_survive_every_driver() {
             check_device(&Subject {
                 make: &|| Box::new(open_again(&drive)),
                 use_it: &|driver| use_disk(driver, read_only),
+                use_again: None,
                 eager: &[0, 1],
             });
         }

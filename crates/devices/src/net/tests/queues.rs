@@ -19,6 +19,7 @@ fn kit(pairs: u16, eager: &[usize]) {
             *far.borrow_mut() = Some(other);
             Box::new(Net::with_backend(&config, Box::new(backend)).unwrap())
         },
+        use_again: None,
         use_it: &|driver| {
             let far = far.borrow();
             let far = far.as_ref().unwrap();
