@@ -87,7 +87,7 @@ echo "cmdline=$(cat /proc/cmdline)"
 echo "acpi=$(ls -d /sys/firmware/acpi 2>/dev/null)"
 echo "serial=$(sed -n 's/.*ttyS0.*/yes/p' /proc/interrupts)"
 echo "trouble:"
-dmesg | grep -vi 'command line' | grep -iE 'BUG:|Oops|WARNING:|stall|lockup|Firmware Bug|ACPI.*(Error|Warning)|MP-BIOS|IO-APIC.*(not|fail)|call trace|unable to|tsc.*unstable|ttyS0.*overrun|spurious'
+dmesg | grep -viE 'command line|stall warnings suppressed' | grep -iE 'BUG:|Oops|WARNING:|stall|lockup|Firmware Bug|ACPI.*(Error|Warning)|MP-BIOS|IO-APIC.*(not|fail)|call trace|unable to|tsc.*unstable|ttyS0.*overrun|spurious'
 echo "trouble ends"
 "#;
 
