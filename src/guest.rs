@@ -1,5 +1,6 @@
 //! The default guest: which kernel, and a small initramfs with a shell, when the user names none.
 
+use husk_config::VmConfig;
 use husk_loader::Cache;
 use husk_loader::initramfs::Builder;
 use std::cmp::Ordering;
@@ -21,8 +22,10 @@ pub fn default_kernel() -> Result<PathBuf, String> {
     })
 }
 
-/// The initramfs of the default guest, fit for `kernel`. The file must stay open while its path is used.
-pub fn default_initrd(kernel: &Path, cache: &Cache) -> Result<(File, PathBuf), String> {
+/// The initramfs of the default guest, fit for the kernel and the devices of `config`. The file must stay open while its path
+/// is used.
+pub fn default_initrd(config: &VmConfig, cache: &Cache) -> Result<(File, PathBuf), String> {
+    let kernel = config.boot_source.kernel_image_path.as_path();
     let busybox = busybox().ok_or(
         "no static busybox found for the default guest: `sudo apt-get install busybox-static` (or name one with $HUSK_BUSYBOX), or give --initrd PATH",
     )?;
@@ -32,8 +35,41 @@ pub fn default_initrd(kernel: &Path, cache: &Cache) -> Result<(File, PathBuf), S
         .as_deref()
         .and_then(|release| modules_of(kernel, release));
     builder.kernel_release = release;
+    builder
+        .modules
+        .extend(drivers(config).into_iter().map(str::to_owned));
     let file = builder.open(cache).map_err(|e| husk_vmm::chain(&e))?;
     Ok((file, busybox))
+}
+
+/// What a kernel has as modules that it needs for its devices, and to mount disks.
+fn drivers(config: &VmConfig) -> Vec<&'static str> {
+    let mut modules = Vec::new();
+    for (there, own) in [
+        (
+            !config.drives.is_empty(),
+            &["virtio_blk", "crc32c_generic", "ext4", "erofs"][..],
+        ),
+        (
+            !config.network_interfaces.is_empty(),
+            &["virtio_net", "af_packet"],
+        ),
+        (config.vsock.is_some(), &["vmw_vsock_virtio_transport"]),
+        (config.entropy.is_some(), &["virtio_rng"]),
+        (config.balloon.is_some(), &["virtio_balloon"]),
+    ] {
+        if there {
+            modules.extend(own);
+        }
+    }
+    if !modules.is_empty() {
+        modules.push(if config.pci {
+            "virtio_pci"
+        } else {
+            "virtio_mmio"
+        });
+    }
+    modules
 }
 
 /// The busybox of the default guest: `$HUSK_BUSYBOX`, the demo's, the first in `$PATH`.

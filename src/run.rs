@@ -430,8 +430,8 @@ fn default_guest(config: &mut VmConfig, cache: &Cache) -> Result<(Option<File>, 
         let taken = format!("husk: kernel {kernel}, initrd {}\n", initrd.display());
         return Ok((None, taken));
     }
-    let (file, busybox) =
-        guest::default_initrd(&source.kernel_image_path, cache).map_err(Failure::usage)?;
+    let (file, busybox) = guest::default_initrd(config, cache).map_err(Failure::usage)?;
+    let source = &mut config.boot_source;
     source.initrd_path = Some(format!("/proc/self/fd/{}", file.as_raw_fd()).into());
     let busybox = busybox.display();
     let taken = format!("husk: kernel {kernel}, a small initramfs with the shell of {busybox}\n");

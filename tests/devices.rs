@@ -44,7 +44,10 @@ const MODULES: [&str; 10] = [
 
 /// A guest with all drivers and the tool of tests/guest, whose script ends in a power-off.
 fn guest<'a>(kernel: &'a Kernel, script: &str) -> Guest<'a> {
-    let mut guest = Guest::new(kernel, Some(&format!("dmesg -n 1\nstty -echo\n{script}")));
+    let mut guest = Guest::new(
+        kernel,
+        Some(&format!("dmesg -n 1\nstty raw -echo\n{script}")),
+    );
     let modules = MODULES.iter().map(|module| (*module).to_owned());
     guest.builder.modules.extend(modules);
     let tool = std::fs::read(variable("HUSK_TEST_TOOL")).unwrap();

@@ -106,7 +106,9 @@ impl<'a> Guest<'a> {
 
     /// Write the initramfs.
     pub fn initrd(&self) -> PathBuf {
-        let path = self.dir.path().join("initrd");
+        // A file of its own each time: a guest that runs may be running from the last one.
+        let count = std::fs::read_dir(self.dir.path()).unwrap().count();
+        let path = self.dir.path().join(format!("initrd{count}"));
         let archive = self.builder.build().unwrap_or_else(|e| panic!("{e}"));
         std::fs::write(&path, archive).unwrap();
         path

@@ -21,6 +21,10 @@ const LIMIT_RATIO: f64 = 1.5;
 const LIMIT_RSS_KIB: u64 = 2560;
 /// The stripped release binary.
 const LIMIT_SIZE: u64 = 4_000_000;
+/// First byte with five devices, as a multiple of that without.
+const LIMIT_DEVICES_RATIO: f64 = 1.1;
+/// Resident memory beyond the floor's with five devices.
+const LIMIT_DEVICES_RSS_KIB: u64 = 3072;
 /// Virtual milliseconds from spawn to init with the minimal kernel on the testbed.
 const LIMIT_INIT_MS: f64 = 140.0;
 /// How long one start may take.
@@ -76,6 +80,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         ("gcc", "gcc"),
         ("/usr/include/stdio.h", "libc6-dev"),
         ("/usr/include/linux/kvm.h", "linux-libc-dev"),
+        ("ip", "iproute2"),
         ("qemu-system-x86_64", "qemu-system-x86"),
     ])?;
     let husk = host::step("building husk (release)", cargo::release_binary)?;
@@ -146,16 +151,25 @@ fn first_byte(runs: u32, husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) 
         gcc.arg(temp.join("payload.elf"))
             .arg(benches.join("payload.S")),
     )?;
+    let tap = Tap::new()?;
+    let husk_command = format!(
+        "{} run --boot-protocol pvh --kernel {dir}/payload.elf --memory 128M",
+        husk.display()
+    );
+    let disk = temp.join("disk");
+    fs::File::create(&disk)
+        .and_then(|file| file.set_len(64 << 20))
+        .with_context(|| format!("cannot write {}", disk.display()))?;
+    let devices = format!(
+        "{husk_command} --disk {} --net tap={} --vsock cid=3,uds={dir}/vsock --entropy --balloon 0",
+        disk.display(),
+        tap.0
+    );
     let programs = [
         Program::new("floor-overlap", &format!("{dir}/floor-overlap")),
         Program::new("floor", &format!("{dir}/floor")),
-        Program::new(
-            "husk",
-            &format!(
-                "{} run --boot-protocol pvh --kernel {dir}/payload.elf --memory 128M",
-                husk.display()
-            ),
-        ),
+        Program::new("husk", &husk_command),
+        Program::new("husk 5 devices", &devices),
         Program::new(
             "qemu microvm",
             &microvm(
@@ -167,9 +181,9 @@ fn first_byte(runs: u32, husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) 
     println!("spawn to the guest's first byte, 128 MiB, 1 vCPU, {runs} alternating starts:");
     let samples = measure(&programs, runs, "h", PATIENCE)?;
     print!("{}", table(&programs, &samples));
-    if let [floor, _, husk, ..] = samples.as_slice() {
-        let rss = median(husk.iter().map(|s| s.rss_kib as f64))
-            - median(floor.iter().map(|s| s.rss_kib as f64));
+    if let [floor, _, husk, devices, ..] = samples.as_slice() {
+        let kib = |samples: &[Sample]| median(samples.iter().map(|s| s.rss_kib as f64));
+        let rss = kib(husk) - kib(floor);
         verdicts.push(Verdict::new(
             "first byte, times the overlapped floor",
             ratio(husk, floor),
@@ -180,8 +194,37 @@ fn first_byte(runs: u32, husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) 
             rss,
             LIMIT_RSS_KIB as f64,
         ));
+        verdicts.push(Verdict::new(
+            "first byte with five devices, times that without",
+            ratio(devices, husk),
+            LIMIT_DEVICES_RATIO,
+        ));
+        verdicts.push(Verdict::new(
+            "peak RSS with five devices beyond the floor's, KiB",
+            kib(devices) - kib(floor),
+            LIMIT_DEVICES_RSS_KIB as f64,
+        ));
     }
     Ok(())
+}
+
+/// A tap device, removed at the end.
+struct Tap(String);
+
+impl Tap {
+    fn new() -> Result<Self> {
+        let name = format!("huskb{}", std::process::id());
+        let mut ip = Command::new("ip");
+        ip.args(["tuntap", "add", &name, "mode", "tap"]);
+        host::run_quiet(&mut ip).context("the bench makes a tap device: run it as root")?;
+        Ok(Self(name))
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", &self.0]).status();
+    }
 }
 
 /// Spawn to init with the minimal kernel on the testbed, in virtual time.
@@ -306,6 +349,14 @@ fn order(count: usize, turn: usize) -> Vec<usize> {
 
 /// Starts a program, waits for the mark alone on a line, and kills it.
 fn start(program: &Program, mark: &str, patience: Duration) -> Result<Sample> {
+    for socket in program
+        .command
+        .iter()
+        .filter_map(|word| Some(word.split_once("uds=")?.1))
+    {
+        // A program that was killed leaves its socket.
+        let _ = fs::remove_file(socket);
+    }
     let (path, args) = program.command.split_first().context("an empty command")?;
     let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
     let mut command = Command::new(path);
