@@ -12,6 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// Each test for each kernel over each transport.
 macro_rules! everywhere {
@@ -256,17 +257,17 @@ tool echo 6000 201
     let words = ["--cmdline", "quiet", "--net", &net, "--vsock", &vsock];
     let mut vm = guest.start(&[&words[..], flags].concat());
 
-    let (mut stream, _) = to_guest.accept().unwrap();
+    let mut stream = vm.accept(&to_guest);
     stream.write_all(&sent).unwrap();
     drop(stream);
-    let (mut stream, _) = from_guest.accept().unwrap();
+    let mut stream = vm.accept(&from_guest);
     let mut received = Vec::new();
     stream.read_to_end(&mut received).unwrap();
     drop(stream);
     assert_same_bytes("what came back over the tap", &received, &sent);
     vm.expect("sent back\n");
 
-    let (stream, _) = echo.accept().unwrap();
+    let stream = vm.accept(&echo);
     let mut reader = stream.try_clone().unwrap();
     std::io::copy(&mut reader, &mut &stream).unwrap();
     drop((reader, stream));
@@ -323,7 +324,10 @@ fn the_user_network_needs_no_tap_and_forwards_ports() {
 ip addr add {address}/24 dev eth0
 ip link set eth0 up
 ip route add default via {gateway}
-for n in 1 2 3 4 5 6 7 8 9; do nc -w 5 {gateway} {port} </dev/null >/tmp/in && [ -s /tmp/in ] && break; sleep 1; done
+# Debian 12's passt drops what comes for a guest that has ended its half.
+mkfifo /open
+sleep 1000 >/open &
+for n in 1 2 3 4 5 6 7 8 9; do nc {gateway} {port} </open >/tmp/in && break; sleep 1; done
 md5sum </tmp/in
 echo serving
 nc -l -p 80 >/tmp/got
@@ -338,13 +342,22 @@ md5sum </tmp/got
     let publish = format!("{free}:80");
     let words = ["--cmdline", "quiet", "--net", "user", "-p", &publish];
     let mut vm = guest.start(&words);
-    let (mut stream, _) = to_host.accept().unwrap();
+    let mut stream = vm.accept(&to_host);
     stream.write_all(&sent).unwrap();
     drop(stream);
     vm.expect("serving\n");
-    let mut stream = TcpStream::connect(("127.0.0.1", free)).unwrap();
-    stream.write_all(&sent).unwrap();
-    drop(stream);
+    // passt takes a connection before the guest has: one that comes too early is reset.
+    let until = Instant::now() + LIMIT;
+    let pass = || -> std::io::Result<()> {
+        let mut stream = TcpStream::connect(("127.0.0.1", free))?;
+        stream.write_all(&sent)?;
+        stream.shutdown(std::net::Shutdown::Write)?;
+        stream.read_to_end(&mut Vec::new()).map(drop)
+    };
+    while let Err(e) = pass() {
+        assert!(Instant::now() < until, "{e}\n{}", vm.report());
+        std::thread::sleep(Duration::from_millis(500));
+    }
     let ended = vm.finish();
     let console = ended.expect_status(0).console();
     let sum = format!("{}  -", md5(&sent));
@@ -416,6 +429,55 @@ fn resident_mib(pid: rustix::process::Pid) -> u64 {
     kib.parse::<u64>().unwrap() / 1024
 }
 
+/// What a guest connects to.
+trait Listener {
+    type Stream;
+    fn accept_now(&self) -> std::io::Result<Self::Stream>;
+}
+
+impl Listener for TcpListener {
+    type Stream = TcpStream;
+    fn accept_now(&self) -> std::io::Result<TcpStream> {
+        self.set_nonblocking(true)?;
+        let (stream, _) = self.accept()?;
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        Ok(stream)
+    }
+}
+
+impl Listener for UnixListener {
+    type Stream = UnixStream;
+    fn accept_now(&self) -> std::io::Result<UnixStream> {
+        self.set_nonblocking(true)?;
+        let (stream, _) = self.accept()?;
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        Ok(stream)
+    }
+}
+
+trait Accept {
+    fn accept<L: Listener>(&self, listener: &L) -> L::Stream;
+}
+
+impl Accept for Vm {
+    /// Wait until the guest connects.
+    #[track_caller]
+    fn accept<L: Listener>(&self, listener: &L) -> L::Stream {
+        let until = Instant::now() + LIMIT;
+        loop {
+            match listener.accept_now() {
+                Ok(stream) => return stream,
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(e) => panic!("{e}"),
+            }
+            assert!(Instant::now() < until, "no connection\n{}", self.report());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
 fn listen(address: &str, port: u16) -> TcpListener {
     TcpListener::bind((address, port)).unwrap()
 }
@@ -423,6 +485,7 @@ fn listen(address: &str, port: u16) -> TcpListener {
 /// A connection from the host to a port of the guest.
 fn connect(socket: &Path, port: u32) -> UnixStream {
     let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
     stream
         .write_all(format!("CONNECT {port}\n").as_bytes())
         .unwrap();

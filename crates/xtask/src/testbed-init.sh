@@ -28,11 +28,15 @@ $b mount -t tmpfs run $r/run
 $b cp /control/cmd /control/stdin $r/run/
 $b ip link set lo up
 echo 1 >/proc/sys/kernel/printk
+# Moved over the root, the overlay is no mere chroot, in which the kernel forbids user name spaces. This shell still has the
+# old root, and stays in the new one.
+cd $r || exit 1
+$b mount --move . /
 if [ -e /control/tty ]; then
-	$b setsid -c $b chroot $r /bin/sh /run/cmd </dev/hvc0 >/dev/hvc0 2>&1
+	$b setsid -c $b chroot . /bin/sh /run/cmd </dev/hvc0 >/dev/hvc0 2>&1
 	echo $? >/control/rc
 	$b sync
-	$b umount $r/out /control
+	$b umount out /control
 	$b reboot -f
 else
 	beat=
@@ -50,7 +54,7 @@ else
 	$b mkfifo /output
 	$b cat /output >"$port" &
 	cat=$!
-	$b chroot $r /bin/sh -c 'exec /bin/sh /run/cmd </run/stdin' >/output 2>&1
+	$b chroot . /bin/sh -c 'exec /bin/sh /run/cmd </run/stdin' >/output 2>&1
 	status=$?
 	# What the command left running would keep the pipe open.
 	for p in /proc/[0-9]*; do
@@ -59,7 +63,7 @@ else
 	done
 	wait $cat
 	$b sync
-	$b umount $r/out
+	$b umount out
 	# The last of the output. Whoever reads it ends this machine.
 	echo "$($b cat /control/end)$status" >"$port"
 	$b sleep 60
