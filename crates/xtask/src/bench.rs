@@ -4,6 +4,7 @@
 //! taken pair by pair within one run of alternating starts, so that a noisy machine cancels out.
 
 use crate::apt;
+use crate::bench_devices;
 use crate::cargo;
 use crate::host::{self, TempDir};
 use crate::kernel;
@@ -43,6 +44,9 @@ pub struct Args {
     /// Leave out the boots to init on the testbed
     #[arg(long)]
     no_boot: bool,
+    /// Leave out the devices' throughput on the testbed
+    #[arg(long)]
+    no_devices: bool,
     /// Leave out the first byte on this machine
     #[arg(long)]
     no_first_byte: bool,
@@ -91,6 +95,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     if !args.no_boot {
         boot_to_init(&husk, temp.path(), &mut verdicts)?;
+    }
+    if !args.no_devices {
+        bench_devices::run(&husk, temp.path(), &mut verdicts)?;
     }
     let size = fs::metadata(&husk)
         .with_context(|| format!("cannot read {}", husk.display()))?
@@ -481,7 +488,7 @@ fn ratio(own: &[Sample], base: &[Sample]) -> f64 {
 }
 
 /// The middle value, or the mean of the middle two; not a number when there are none.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
+pub fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
@@ -499,29 +506,50 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
     }
 }
 
-/// What was measured, and the most that it may be.
-struct Verdict {
+/// What was measured, and the most, or least, that it may be.
+pub struct Verdict {
     what: &'static str,
     value: f64,
     limit: f64,
+    at_least: bool,
 }
 
 impl Verdict {
+    /// At most `limit`.
     fn new(what: &'static str, value: f64, limit: f64) -> Self {
-        Self { what, value, limit }
+        Self {
+            what,
+            value,
+            limit,
+            at_least: false,
+        }
+    }
+
+    /// At least `limit`.
+    pub fn at_least(what: &'static str, value: f64, limit: f64) -> Self {
+        Self {
+            at_least: true,
+            ..Self::new(what, value, limit)
+        }
     }
 
     /// A value that is not a number has not reached anything.
     fn reached(&self) -> bool {
-        self.value <= self.limit
+        match self.at_least {
+            true => self.value >= self.limit,
+            false => self.value <= self.limit,
+        }
     }
 }
 
 impl std::fmt::Display for Verdict {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let word = if self.reached() { "reached" } else { "MISSED" };
-        let Self { what, value, limit } = self;
-        write!(f, "{word:8} {what}: {value:.2} (at most {limit})")
+        let bound = if self.at_least { "least" } else { "most" };
+        let Self {
+            what, value, limit, ..
+        } = self;
+        write!(f, "{word:8} {what}: {value:.2} (at {bound} {limit})")
     }
 }
 
@@ -586,6 +614,8 @@ mod tests {
         assert!(Verdict::new("x", 1.5, 1.5).reached());
         assert!(!Verdict::new("x", 1.6, 1.5).reached());
         assert!(!Verdict::new("x", f64::NAN, 1.5).reached());
+        assert!(Verdict::at_least("x", 1.5, 1.5).reached());
+        assert!(!Verdict::at_least("x", 1.4, 1.5).reached());
     }
 
     #[test]

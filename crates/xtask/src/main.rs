@@ -7,6 +7,7 @@
 
 mod apt;
 mod bench;
+mod bench_devices;
 mod cargo;
 mod demo;
 mod guest;
@@ -40,6 +41,9 @@ enum Command {
     /// Time boots to init; what `bench` runs on the testbed
     #[command(hide = true)]
     BenchInner(bench::InnerArgs),
+    /// Time devices; what `bench` runs on the testbed
+    #[command(hide = true)]
+    BenchDevicesInner(bench_devices::InnerArgs),
 }
 
 fn main() -> ExitCode {
@@ -50,6 +54,7 @@ fn main() -> ExitCode {
         Command::Kernel => kernel::run(),
         Command::Bench(args) => bench::run(&args),
         Command::BenchInner(args) => bench::run_inner(&args),
+        Command::BenchDevicesInner(args) => bench_devices::run_inner(&args),
     };
     match result {
         Ok(code) => code,
