@@ -283,6 +283,31 @@ fn a_log_file_that_cannot_be_written_is_refused() {
     }
 }
 
+#[test]
+fn a_device_that_cannot_be_is_refused() {
+    let kernel = payload("linux", "");
+    let dir = temp_dir();
+    let folder = text(dir.path());
+    for (arguments, named) in [
+        (&["--disk", "/nonexistent/disk"][..], "/nonexistent/disk"),
+        (&["--disk", folder], folder),
+        (&["--disk", "/dev/null"], "/dev/null"),
+        (&["--disk", "x,readonly"], "readonly"),
+        (&["--disk", "x,id=a", "--disk", "y,id=a"], "twice"),
+        (&["--net", "tap=nosuch"], "ip tuntap add"),
+        (&["--net", "tap=a,mac=01:00:00:00:00:00"], "guest_mac"),
+        (&["--net", "fd=77"], "77"),
+        (&["-p", "80:80"], "--net user"),
+        (&["--vsock", "cid=2,uds=v"], "guest_cid 2"),
+        (&["--vsock", "cid=3,uds=/nonexistent/v"], "/nonexistent/v"),
+        (&["--balloon", "lots"], "lots"),
+        (&["--entropy", "rate=fast"], "fast"),
+    ] {
+        let arguments = [&["--kernel", kernel.as_str()], arguments].concat();
+        Refused::by(&arguments).with(2, &[named]);
+    }
+}
+
 // ---- Help ----
 
 /// A Husk that is to refuse to start.
