@@ -10,6 +10,7 @@ mod bench;
 mod bench_devices;
 mod cargo;
 mod demo;
+mod fuzz;
 mod guest;
 mod host;
 mod kernel;
@@ -32,6 +33,8 @@ enum Command {
     Demo(demo::Args),
     /// Run every test of the project: unit, native smoke, end to end
     Test(test::Args),
+    /// Run the fuzz targets, each for a bounded time
+    Fuzz(fuzz::Args),
     /// Run a command on an emulated host that has a real /dev/kvm (AMD SVM)
     Testbed(testbed::Args),
     /// Build the minimal guest kernel of resources/guest-kernel into the cache (about 6 minutes on two cores)
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
         Command::Test(args) => test::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Testbed(args) => testbed::run(&args),
         Command::Kernel => kernel::run(),
         Command::Bench(args) => bench::run(&args),

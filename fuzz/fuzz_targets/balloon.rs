@@ -1,0 +1,8 @@
+//! The memory balloon.
+#![no_main]
+
+use husk_fuzz::balloon::{Balloon, Host, Request};
+use husk_fuzz::guest::{Program, run};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|program: Program<Request, Host>| run::<Balloon>(program));
