@@ -296,10 +296,12 @@ tool echo 6000 201
     let mut answer = Vec::new();
     large.read_to_end(&mut answer).unwrap();
     sending.join().unwrap();
-    assert_same_bytes("what came back over vsock", &answer, &sent);
+    drop(large);
 
     let ended = vm.finish();
     let console = ended.expect_status(0).console();
+    print!("{}", ended.report());
+    assert_same_bytes("what came back over vsock", &answer, &sent);
     for said in [
         "3 packets received",
         &format!("{}  -\n", md5(&sent)),

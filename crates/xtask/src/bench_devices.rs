@@ -8,14 +8,18 @@ use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 /// How much more than QEMU microvm.
 const LEAST_RATIO: f64 = 1.3;
-/// What the guest's tool prints, in this order.
+/// All exits of all VMs of this host: the testbed has one at a time.
+const EXITS: &str = "/sys/kernel/debug/kvm/exits";
+/// What the host's end of a TCP connection takes or gives at a time, as iperf3 does.
+const BLOCK: usize = 128 << 10;
+/// What the guest's tool prints, in this order, behind START and NOTHING.
 const MEASURED: [&str; 5] = [
     "sequential_read",
     "random_read",
@@ -23,6 +27,10 @@ const MEASURED: [&str; 5] = [
     "net_send",
     "net_receive",
 ];
+
+/// What it prints first, and for nothing: the exits in between are those of printing.
+const START: &str = "start";
+const NOTHING: &str = "nothing";
 
 /// `cargo xtask bench-devices-inner`.
 #[derive(clap::Args)]
@@ -89,6 +97,11 @@ pub fn run(husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result<()> 
 
 /// What runs inside the testbed.
 pub fn run_inner(args: &InnerArgs) -> Result<ExitCode> {
+    if !Path::new(EXITS).exists() {
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "debugfs", "debugfs", "/sys/kernel/debug"]);
+        host::run_quiet(&mut mount)?;
+    }
     let tap = "huskb0";
     for words in [
         &["tuntap", "add", tap, "mode", "tap"][..],
@@ -152,29 +165,49 @@ pub fn run_inner(args: &InnerArgs) -> Result<ExitCode> {
         "virtio-net-device,netdev=n",
     ]
     .map(str::to_owned);
-    let mut times: BTreeMap<(&str, String), Vec<f64>> = BTreeMap::new();
+    let mut all: BTreeMap<(&str, String), Vec<Transfer>> = BTreeMap::new();
     for _ in 0..3 {
         for (name, command) in [("husk", &husk[..]), ("qemu", &qemu[..])] {
-            for (what, us) in measure(command)? {
-                times.entry((name, what)).or_default().push(us / 1e3);
+            for (what, transfer) in measure(command)? {
+                all.entry((name, what)).or_default().push(transfer);
             }
         }
     }
-    println!("{:16} {:>9} {:>9} {:>7}", "", "husk ms", "qemu ms", "ratio");
+    println!(
+        "{:16} {:>9} {:>9} {:>11} {:>11} {:>7}",
+        "", "husk ms", "qemu ms", "husk exits", "qemu exits", "ratio"
+    );
     for what in MEASURED {
-        let own = |name| {
-            times
-                .get(&(name, what.to_owned()))
-                .cloned()
-                .unwrap_or_default()
+        let own = |name, value: fn(&Transfer) -> f64| {
+            let transfers = all.get(&(name, what.to_owned()));
+            median(transfers.into_iter().flatten().map(value))
         };
-        let (husk, qemu) = (
-            median(own("husk").into_iter()),
-            median(own("qemu").into_iter()),
+        let (husk, qemu) = (own("husk", |t| t.ms), own("qemu", |t| t.ms));
+        let (few, many) = (
+            own("husk", Transfer::exits_each),
+            own("qemu", Transfer::exits_each),
         );
-        println!("{what:16} {husk:9.2} {qemu:9.2} {:7.2}", qemu / husk);
+        println!(
+            "{what:16} {husk:9.2} {qemu:9.2} {few:11.2} {many:11.2} {:7.2}",
+            qemu / husk
+        );
     }
+    println!("exits: all that KVM counts (also of timers and interrupts), per request or packet");
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a guest has measured of one transfer, and the host beside it.
+struct Transfer {
+    ms: f64,
+    /// Requests or packets.
+    units: f64,
+    exits: f64,
+}
+
+impl Transfer {
+    fn exits_each(&self) -> f64 {
+        self.exits / self.units
+    }
 }
 
 /// Takes all that a connection sends, then sends `bytes` and closes; connection by connection.
@@ -183,7 +216,7 @@ fn serve(port: u16, bytes: usize) -> Result<()> {
     std::thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
             let _ = match bytes {
-                0 => std::io::copy(&mut stream, &mut std::io::sink()).map(drop),
+                0 => swallow(&mut stream),
                 more => stream.write_all(&vec![0; more]),
             };
         }
@@ -191,8 +224,21 @@ fn serve(port: u16, bytes: usize) -> Result<()> {
     Ok(())
 }
 
+fn swallow(stream: &mut TcpStream) -> std::io::Result<()> {
+    let mut block = vec![0; BLOCK];
+    while stream.read(&mut block)? > 0 {}
+    Ok(())
+}
+
+fn exits() -> Result<f64> {
+    let text = fs::read_to_string(EXITS).with_context(|| format!("cannot read {EXITS}"))?;
+    text.trim()
+        .parse()
+        .with_context(|| format!("{EXITS} holds {text:?}"))
+}
+
 /// Starts a monitor, reads what its guest measured, and kills it.
-fn measure(command: &[String]) -> Result<Vec<(String, f64)>> {
+fn measure(command: &[String]) -> Result<Vec<(String, Transfer)>> {
     let (program, words) = command.split_first().context("an empty command")?;
     let mut child = Command::new(program)
         .args(words)
@@ -200,27 +246,14 @@ fn measure(command: &[String]) -> Result<Vec<(String, f64)>> {
         .stdout(Stdio::piped())
         .spawn()
         .with_context(|| format!("cannot start {program}"))?;
-    let mut found = Vec::new();
     let mut text = String::new();
-    if let Some(stdout) = child.stdout.take() {
-        let mut reader = BufReader::new(stdout.take(1 << 20));
-        let mut line = String::new();
-        while reader.read_line(&mut line).unwrap_or(0) > 0 {
-            text += &line;
-            if line.trim() == "end" {
-                break;
-            }
-            if let Some((name, value)) = line.trim().split_once('=')
-                && MEASURED.contains(&name)
-                && let Ok(us) = value.parse()
-            {
-                found.push((name.to_owned(), us));
-            }
-            line.clear();
-        }
-    }
+    let found = match child.stdout.take() {
+        Some(stdout) => listen(BufReader::new(stdout.take(1 << 20)), &mut text),
+        None => Ok(Vec::new()),
+    };
     let _ = child.kill();
     let _ = child.wait();
+    let found = found?;
     if found.len() != MEASURED.len() {
         bail!(
             "{program} did not measure all:\n{}",
@@ -228,4 +261,40 @@ fn measure(command: &[String]) -> Result<Vec<(String, f64)>> {
         );
     }
     Ok(found)
+}
+
+/// What a guest says until it says that it has come to its end. All of it goes to `text`.
+fn listen(mut console: impl BufRead, text: &mut String) -> Result<Vec<(String, Transfer)>> {
+    let mut found = Vec::new();
+    let (mut before, mut printing) = (0.0, 0.0);
+    let mut line = String::new();
+    while console.read_line(&mut line).unwrap_or(0) > 0 && line.trim() != "end" {
+        let now = exits()?;
+        text.push_str(&line);
+        if let Some((name, us, units)) = numbers(line.trim()) {
+            match name {
+                START => {}
+                NOTHING => printing = now - before,
+                name if MEASURED.contains(&name) => found.push((
+                    name.to_owned(),
+                    Transfer {
+                        ms: us / 1e3,
+                        units,
+                        exits: now - before - printing,
+                    },
+                )),
+                _ => {}
+            }
+            before = now;
+        }
+        line.clear();
+    }
+    Ok(found)
+}
+
+/// `name=microseconds units`.
+fn numbers(line: &str) -> Option<(&str, f64, f64)> {
+    let (name, values) = line.split_once('=')?;
+    let (us, units) = values.split_once(' ')?;
+    Some((name, us.parse().ok()?, units.parse().ok()?))
 }

@@ -203,6 +203,15 @@ impl Connection {
         self.ticks = None;
     }
 
+    /// The guest is gone, or has forgotten all connections. What it had sent is good.
+    pub fn forget(&mut self) {
+        if !self.is_over() {
+            self.phase = Phase::Over { deliver: true };
+        }
+        self.reset = false;
+        self.ticks = None;
+    }
+
     /// A tick of the clock has passed.
     pub fn tick(&mut self) {
         if let Some(ticks) = &mut self.ticks {

@@ -45,6 +45,8 @@ const QUEUE_SIZE: u16 = 256;
 
 /// Packets in one direction before other devices have a turn.
 const BATCH: usize = 128;
+/// How often so many are taken from a driver that is gone: more than its queue holds.
+const LAST_TURNS: usize = 4;
 
 /// Why there is no vsock device.
 #[derive(Debug, thiserror::Error)]
@@ -159,6 +161,19 @@ impl Vsock {
     }
 }
 
+impl Drop for Vsock {
+    /// What the guest had sent when it ended belongs to the host's programs: what is in the queue, and what they have not
+    /// taken yet. A guest may well write, close and power off.
+    fn drop(&mut self) {
+        for _ in 0..LAST_TURNS {
+            if !matches!(self.take_packets(), Ok(true)) {
+                break;
+            }
+        }
+        self.muxer.deliver();
+    }
+}
+
 fn receive(
     queue: &mut ActiveQueue,
     mem: &GuestMemory,
@@ -244,7 +259,8 @@ impl VirtioDevice for Vsock {
         Ok(())
     }
 
-    /// All connections end: the host's programs see it at once, and the driver is told if it does not reset the device.
+    /// All connections end: the host's programs see it once they have what the guest had sent, and the driver is told if it
+    /// does not reset the device.
     fn stop(&mut self) -> Vec<ActiveQueue> {
         self.transport_reset |= self.muxer.clear();
         self.mem = None;

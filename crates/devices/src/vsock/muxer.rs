@@ -14,6 +14,7 @@ use std::io::ErrorKind;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// Connections at a time, with those that programs of the host have not asked for yet.
 pub const MAX_CONNECTIONS: usize = 1024;
@@ -26,6 +27,8 @@ const EVENTS: usize = 64;
 const ROUNDS: usize = 4;
 /// Connections that are tried again at a time.
 const RETRIES: usize = 32;
+/// How long a VM that ends waits for all programs of the host together.
+const DELIVERY: Duration = Duration::from_secs(5);
 /// Ports of the host for connections that its programs ask for: so many, from as many on.
 const PORTS: u32 = 1 << 30;
 
@@ -93,23 +96,44 @@ impl Muxer {
         self.waiter.wake();
     }
 
-    /// Drop all connections; true when the guest knew of any.
+    /// End all connections: the guest knows of none any more. What it had sent before stays until the host's programs have
+    /// it. True when the guest knew of any.
     pub fn clear(&mut self) -> bool {
         let known = !self.numbers.is_empty();
-        for index in 0.. {
-            let Some(number) = self.peers.at(index) else {
-                break;
-            };
-            self.peers.remove(number);
-        }
         self.numbers.clear();
         self.ready.clear();
         self.answers.clear();
         self.dialled.clear();
-        self.rings.clear();
         self.greetings = 0;
         self.accepting = true;
+        for index in 0.. {
+            let Some(number) = self.peers.at(index) else {
+                break;
+            };
+            if let Some(Peer::Stream(stream)) = self.peers.get_mut(number) {
+                stream.forget(&mut self.rings);
+                if !stream.is_finished() {
+                    self.settle(number);
+                    continue;
+                }
+            }
+            self.peers.remove(number);
+        }
+        self.rings.clear();
         known
+    }
+
+    /// The VM ends: wait, a bounded time, until the host's programs have what the guest had sent.
+    pub fn deliver(&mut self) {
+        let until = Instant::now() + DELIVERY;
+        for index in 0.. {
+            let Some(number) = self.peers.at(index) else {
+                break;
+            };
+            if let Some(Peer::Stream(stream)) = self.peers.get_mut(number) {
+                stream.deliver(until);
+            }
+        }
     }
 
     /// Take events. A bounded number: if there are more, [`Muxer::fd`] becomes readable again.

@@ -3,15 +3,18 @@
 use super::connection::{Connection, Reaction};
 use super::packet::{HEADER_SIZE, HOST_CID, Header, TYPE_STREAM, operation};
 use super::ring::{Ring, Rings};
-use super::unix::{Waiter, read_packet, write_packet};
+use super::unix::{Waiter, is_writable, read_packet, write_packet};
 use husk_virtio::{Chain, GuestMemory, QueueError};
 use rustix::event::epoll::EventFlags;
 use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 /// Ticks that a program has to take some of what a guest has left behind: a minute.
 const DELIVERY_TICKS: u8 = 120;
+/// How long a VM that ends waits for a program that takes nothing of what the guest has left behind.
+const STANDSTILL: Duration = Duration::from_secs(1);
 /// Most data in one packet.
 const MAX_DATA: u32 = 64 << 10;
 
@@ -214,6 +217,28 @@ impl Stream {
     pub fn abort(&mut self, rings: &mut Rings) {
         self.connection.abort();
         self.settle(rings);
+    }
+
+    /// The guest knows nothing of it any more; what it had sent still goes to the host's program.
+    pub fn forget(&mut self, rings: &mut Rings) {
+        self.queued = false;
+        self.connection.forget();
+        self.settle(rings);
+    }
+
+    /// Wait until the host's program has taken what the guest had sent, but not longer than `until`, nor for one that takes
+    /// nothing for [`STANDSTILL`].
+    pub fn deliver(&mut self, until: Instant) {
+        while self.connection.delivers() && self.ring.is_some() {
+            self.write_out();
+            let left = until.saturating_duration_since(Instant::now());
+            let (Some(socket), false) = (&self.socket, self.writable || left.is_zero()) else {
+                return;
+            };
+            if !is_writable(socket, left.min(STANDSTILL)) {
+                return;
+            }
+        }
     }
 
     /// Whether [`Stream::send`] may have something.

@@ -527,6 +527,49 @@ fn a_reset_ends_connections_and_new_ones_come() {
 }
 
 #[test]
+fn what_a_guest_has_sent_outlives_a_reset_and_the_guest() {
+    for (closes, resets) in [(true, false), (false, false), (true, true), (false, true)] {
+        let mut machine = Machine::new();
+        let listener = machine.listen(52);
+        let mut guest = machine.guest();
+        let mut socket = Socket::connect(&mut guest, 5, 52);
+        let mut host = accept(&listener);
+        let mut sent = fill(&mut guest, &mut socket);
+        assert!(sent.len() > BUFFER_SIZE as usize, "the socket took it all");
+        if closes {
+            guest.post(socket.shutdown(SHUTDOWN_BOTH), &[]);
+        } else {
+            // Not even taken out of the queue, perhaps.
+            host.read_exact(&mut vec![0; 200_000]).unwrap();
+            sent.drain(..200_000);
+        }
+        if resets {
+            machine.driver.registers.set_status(0);
+        }
+        let reader = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            let mut got = Vec::new();
+            host.read_to_end(&mut got).unwrap();
+            got
+        });
+        drop(machine);
+        assert!(reader.join().unwrap() == sent, "{closes} {resets}");
+    }
+}
+
+#[test]
+fn a_program_that_reads_nothing_keeps_no_vm_from_ending() {
+    let mut machine = Machine::new();
+    let listener = machine.listen(52);
+    let mut guest = machine.guest();
+    let mut socket = Socket::connect(&mut guest, 5, 52);
+    let host = accept(&listener);
+    fill(&mut guest, &mut socket);
+    drop(machine);
+    drop(host);
+}
+
+#[test]
 fn a_restored_guest_is_told_that_its_connections_are_gone() {
     let folder = tempfile::tempdir().unwrap();
     let mut device = device(&folder.path().join("v")).unwrap();

@@ -3,7 +3,7 @@
 use super::Error;
 use super::packet::{HEADER_SIZE, pieces};
 use husk_virtio::{Buffer, GuestMemory};
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::time::{
@@ -15,6 +15,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use vm_memory::{GuestMemoryBackend, ReadVolatile, VolatileMemoryError, WriteVolatile};
 
 /// Length of a tick of [`Waiter::start_tick`].
@@ -203,6 +204,18 @@ fn retry(mut call: impl FnMut() -> Result<usize, VolatileMemoryError>) -> io::Re
                 }
             }
             Err(error) => return Err(io::Error::other(error)),
+        }
+    }
+}
+
+/// Wait until `stream` takes data, or is broken; false when that takes longer than `most`.
+pub fn is_writable(stream: &UnixStream, most: Duration) -> bool {
+    let mut fds = [PollFd::new(stream, PollFlags::OUT)];
+    let most = Timespec::try_from(most).ok();
+    loop {
+        match rustix::event::poll(&mut fds, most.as_ref()) {
+            Err(Errno::INTR) => {}
+            result => return matches!(result, Ok(1..)),
         }
     }
 }
