@@ -25,6 +25,9 @@ pub enum Command {
     /// Boot a kernel with its serial console on this terminal
     #[command(after_help = RUN_EXAMPLES)]
     Run(Box<RunArgs>),
+    /// Configure and steer a VM over a Unix socket, with Firecracker's API
+    #[command(after_help = SERVE_EXAMPLES)]
+    Serve(ServeArgs),
     /// Say what this host can do, and what to do about what it cannot
     Doctor(DoctorArgs),
     /// Print a completion script for a shell
@@ -46,6 +49,34 @@ pub struct DoctorArgs {
     /// Print one JSON object instead of lines
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Where the socket is made; only its owner may connect
+    #[arg(long, value_name = "PATH")]
+    pub api_sock: PathBuf,
+
+    /// The VM's name: letters, digits and `-`, up to 64
+    #[arg(long, value_name = "NAME", default_value = "anonymous-instance", value_parser = instance_id)]
+    pub id: String,
+
+    /// Put the devices on PCI instead of MMIO
+    #[arg(long)]
+    pub pci: bool,
+
+    /// Largest body of a request, in bytes
+    #[arg(long, value_name = "BYTES", default_value_t = husk_api::MAX_BODY)]
+    pub max_payload: usize,
+}
+
+/// As Firecracker checks it.
+pub fn instance_id(text: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    match (1..=64).contains(&text.len()) && text.chars().all(plain) {
+        true => Ok(text.into()),
+        false => Err("give 1 to 64 letters, digits and -".into()),
+    }
 }
 
 #[derive(Debug, Default, Args)]
@@ -141,6 +172,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE", help_heading = "The machine")]
     pub config: Option<PathBuf>,
 
+    /// Let the VM be steered over a Unix socket too, as with `husk serve`
+    #[arg(long, value_name = "PATH", help_heading = "The machine")]
+    pub api_sock: Option<PathBuf>,
+
     /// At the end, print on stderr when each phase of the boot was reached
     #[arg(long, help_heading = "Logging")]
     pub timeline: bool,
@@ -225,6 +260,15 @@ Exit status of `husk run`:
   4      the guest stopped with a triple fault
   5      KVM could not run the guest on (internal error)
   128+N  a second signal N ended the VM at once (the first one presses the power button)";
+
+const SERVE_EXAMPLES: &str = "\
+Example:
+  husk serve --api-sock /tmp/vm.sock &
+  husk api --api-sock /tmp/vm.sock PUT /boot-source '{\"kernel_image_path\": \"vmlinux\"}'
+  husk api --api-sock /tmp/vm.sock PUT /actions '{\"action_type\": \"InstanceStart\"}'
+
+Exit status: as of `husk run`; before a VM runs, 0 after `husk stop`, 128+N after signal N, and 1 where the
+socket's path is taken.";
 
 const RUN_EXAMPLES: &str = "\
 Examples:

@@ -6,6 +6,8 @@ mod devices;
 mod guest;
 mod logging;
 mod run;
+mod serial;
+mod serve;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
@@ -59,6 +61,7 @@ fn main() -> ExitCode {
     }
     let result = match cli.command {
         Command::Run(arguments) => run::run(&arguments, start),
+        Command::Serve(arguments) => serve::serve(&arguments, start),
         Command::Doctor(arguments) => doctor(arguments.json),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -2,15 +2,17 @@
 
 use crate::cli::RunArgs;
 use crate::{Failure, devices, guest};
-use husk_config::{OnReboot, VmConfig, VmmRequest, default_boot_args, parse_mib};
+use husk_config::{Answer, OnReboot, VmConfig, VmmRequest, default_boot_args, parse_mib};
 use husk_console::{ConsoleEvent, Input, Output, Terminal};
 use husk_loader::Cache;
-use husk_vmm::{Console, ExitCounts, Host, Outcome, Timeline, Vmm};
+use husk_vmm::{Console, ExitCounts, Host, Identity, Outcome, Timeline, Vmm};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
@@ -31,8 +33,13 @@ const LOOK_LAST: Duration = Duration::from_secs(8);
 /// How soon it is looked again when it seems to have.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
+/// How long answers that are on their way to clients of the API may take at the end.
+const LAST_ANSWERS: Duration = Duration::from_millis(200);
+
 /// What the main thread waits for. Other threads only ever send; none waits for the main thread.
-enum Event {
+pub enum Event {
+    /// A request of the API, and who waits for the answer.
+    Request(VmmRequest, husk_api::Reply),
     /// SIGINT, SIGTERM, SIGHUP or SIGQUIT.
     Signal(i32),
     /// An escape sequence on the terminal.
@@ -48,55 +55,81 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
     let cache = Cache::from_environment();
     let (config, _initrd) = configuration(arguments, &cache)?;
 
-    // Handlers for what kills come first: those for what asks replace some of them.
-    husk_console::install_fatal_signal_handlers().map_err(|e| trouble(&e))?;
-    husk_vmm::install_kick_handler().map_err(|e| trouble(&e))?;
-    let (sender, events) = channel();
-    let input = Input::new().map_err(|e| trouble(&e))?;
-    let output = Arc::new(Output::new(std::io::stdout()).map_err(|e| trouble(&e))?);
-    let timeline = Arc::new(Timeline::new(start));
-    let wake = sender.clone();
-    let host = Host {
-        console: Console {
-            output: output.clone(),
-            wire: input.wire(),
+    let api = match &arguments.api_sock {
+        Some(path) => Some(ApiSocket::bind(path, husk_api::MAX_BODY)?),
+        None => None,
+    };
+    Session::go(
+        Options {
+            cache,
+            count_exits: arguments.exits,
+            print_timeline: arguments.timeline,
+            start,
+            identity: identity("husk", "anonymous-instance"),
+            api,
+            on_signal: OnSignal::PressPowerButton,
         },
-        cache,
-        count_exits: arguments.exits,
-        timeline: Arc::clone(&timeline),
-        wake: Arc::new(move || send(&wake, Event::Vm)),
-    };
-    let ears = Ears {
-        sender: sender.clone(),
-        input,
-    };
-    let mut session = Session {
-        vmm: Vmm::new(host),
-        sender,
-        events,
-        output,
-        asked: false,
-    };
-    let result = session.run(config, ears);
-    // Before anything is printed: no line must land in a raw terminal.
-    Terminal::emergency_restore();
-    let end = result?;
-    if let Some(message) = end.message {
-        log::error!("{message}");
+        First::Boot(Box::new(config)),
+    )
+}
+
+/// What the monitor says of itself.
+pub fn identity(name: &'static str, id: &str) -> Identity {
+    Identity {
+        id: id.into(),
+        name: match name {
+            "firecracker" => "Firecracker",
+            _ => "Husk",
+        },
+        version: match name {
+            "firecracker" => husk_api::FIRECRACKER_VERSION,
+            _ => env!("CARGO_PKG_VERSION"),
+        },
+        api_version: husk_api::FIRECRACKER_VERSION,
     }
-    if arguments.timeline {
-        print_timeline(&timeline);
-    }
-    if let Some(exits) = end.exits {
-        print_exits(&exits);
-    }
-    Ok(end.status)
+}
+
+/// What a session is started with, besides the VM.
+pub struct Options {
+    /// Unpacked kernels.
+    pub cache: Cache,
+    /// Count exits by reason, and print them at the end.
+    pub count_exits: bool,
+    /// Print the timeline at the end.
+    pub print_timeline: bool,
+    /// When the process began.
+    pub start: Instant,
+    /// What the monitor says of itself.
+    pub identity: Identity,
+    /// Where requests come from.
+    pub api: Option<ApiSocket>,
+    /// What the first signal does to a VM that runs.
+    pub on_signal: OnSignal,
+}
+
+/// What the first signal that asks for an end does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum OnSignal {
+    /// Presses the power button; a second one ends the VM at once.
+    PressPowerButton,
+    /// Ends the VM at once.
+    End,
+}
+
+/// How a session begins.
+pub enum First {
+    /// With this VM.
+    Boot(Box<VmConfig>),
+    /// With requests, which add to this configuration.
+    Serve(Box<VmConfig>),
 }
 
 /// How a session ended.
 #[derive(Default)]
 struct End {
     status: u8,
+    /// In words.
+    reason: String,
     message: Option<String>,
     exits: Option<ExitCounts>,
 }
@@ -105,29 +138,43 @@ struct End {
 struct Ears {
     sender: Sender<Event>,
     input: Input,
+    /// Signals that are kept until somebody listens.
+    signals: Option<Signals>,
+    listens: bool,
 }
 
 impl Ears {
-    /// From now on signals are kept until they are listened to, and the terminal is raw.
-    fn open() -> Result<(Signals, Option<Arc<Terminal>>), Failure> {
-        let mut stopping = vec![SIGINT, SIGTERM, SIGHUP, SIGQUIT];
-        stopping.retain(|signal| !husk_console::is_ignored(*signal));
-        let signals = Signals::new(stopping).map_err(|e| trouble(&e))?;
-        Ok((signals, Terminal::open().map(Arc::new)))
+    /// From now on signals are kept until they are listened to.
+    fn hear_signals(&mut self) -> Result<(), Failure> {
+        if self.signals.is_none() {
+            let mut stopping = vec![SIGINT, SIGTERM, SIGHUP, SIGQUIT];
+            stopping.retain(|signal| !husk_console::is_ignored(*signal));
+            self.signals = Some(Signals::new(stopping).map_err(|e| trouble(&e))?);
+        }
+        Ok(())
     }
 
-    /// Start to listen, on threads of its own; keep the result for as long.
-    fn listen(
-        self,
-        mut signals: Signals,
-        terminal: Option<Arc<Terminal>>,
-    ) -> Result<Input, Failure> {
-        let (stops, keys) = (self.sender.clone(), self.sender);
+    /// Listen to signals, on a thread of its own.
+    fn listen_to_signals(&mut self) -> Result<(), Failure> {
+        self.hear_signals()?;
+        let Some(mut signals) = self.signals.take_if(|_| !self.listens) else {
+            return Ok(());
+        };
+        self.listens = true;
+        let stops = self.sender.clone();
         start_thread("signals", move || {
             signals
                 .forever()
                 .for_each(|signal| send(&stops, Event::Signal(signal)));
-        })?;
+        })
+    }
+
+    /// Start to listen to signals and to what is typed, on threads of their own; keep the result for as long.
+    fn listen(mut self, terminal: Option<Arc<Terminal>>) -> Result<Input, Failure> {
+        if !self.listens {
+            self.listen_to_signals()?;
+        }
+        let keys = self.sender;
         let pressed = move |key| send(&keys, Event::Key(key));
         self.input
             .start(std::io::stdin(), terminal, pressed)
@@ -136,25 +183,262 @@ impl Ears {
     }
 }
 
-struct Session {
+/// The API's socket, before anybody is served.
+pub struct ApiSocket {
+    path: PathBuf,
+    listener: UnixListener,
+    max_body: usize,
+    /// The socket's file goes when the process does.
+    pub tidy: bool,
+}
+
+/// The API, served.
+struct Api {
+    server: husk_api::Server,
+    /// The socket's file, if it is to be removed.
+    remove: Option<PathBuf>,
+}
+
+impl ApiSocket {
+    /// Make the socket's file. `max_body`: bytes that a request's body may have.
+    pub fn bind(path: &Path, max_body: usize) -> Result<Self, Failure> {
+        let listener = husk_api::bind(path).map_err(|e| trouble(&e))?;
+        Ok(Self {
+            path: path.into(),
+            listener,
+            max_body,
+            tidy: true,
+        })
+    }
+
+    fn serve(self, sender: &Sender<Event>) -> Result<Api, Failure> {
+        let sender = sender.clone();
+        let handler = Box::new(move |request, reply| send(&sender, Event::Request(request, reply)));
+        let settings = husk_api::Settings {
+            max_body: self.max_body,
+            max_mmds_body: self.max_body,
+            prepare: Box::new(|| ()),
+        };
+        let server = husk_api::Server::start(self.listener, settings, handler);
+        let server = server.map_err(|e| trouble(&e))?;
+        Ok(Api {
+            server,
+            remove: self.tidy.then_some(self.path),
+        })
+    }
+}
+
+impl Api {
+    /// Let answers that are on their way arrive, and remove the socket.
+    fn stop(self) {
+        // Before the end is told: who hears of it may use the path again.
+        if let Some(path) = &self.remove
+            && let Err(e) = std::fs::remove_file(path)
+        {
+            log::debug!("the API socket cannot be removed: {e}");
+        }
+        self.server.stop(LAST_ANSWERS);
+    }
+}
+
+fn refusal(error: &husk_vmm::Error) -> husk_api::Refusal {
+    husk_api::Refusal {
+        message: husk_vmm::chain(error),
+        too_large: false,
+    }
+}
+
+fn ending() -> husk_api::Refusal {
+    husk_api::Refusal {
+        message: "The VM is ending.".into(),
+        too_large: false,
+    }
+}
+
+pub struct Session {
     vmm: Vmm,
     sender: Sender<Event>,
     events: Receiver<Event>,
     output: Arc<Output>,
     /// A signal has pressed the power button.
     asked: bool,
+    on_signal: OnSignal,
+    watch: husk_vmm::Watch,
 }
 
 impl Session {
-    fn run(&mut self, config: VmConfig, ears: Ears) -> Result<End, Failure> {
-        let restart = config.on_reboot == OnReboot::Restart;
-        self.vmm.handle(VmmRequest::Configure(Box::new(config)))?;
+    /// Until the VM has ended and everything is printed and closed. The exit status.
+    pub fn go(options: Options, first: First) -> Result<u8, Failure> {
+        // Handlers for what kills come first: those for what asks replace some of them.
+        husk_console::install_fatal_signal_handlers().map_err(|e| trouble(&e))?;
+        husk_vmm::install_kick_handler().map_err(|e| trouble(&e))?;
+        let (sender, events) = channel();
+        let input = Input::new().map_err(|e| trouble(&e))?;
+        let output = Arc::new(Output::new(std::io::stdout()).map_err(|e| trouble(&e))?);
+        let timeline = Arc::new(Timeline::new(options.start));
+        let wake = sender.clone();
+        let api = match options.api {
+            Some(socket) => Some(socket.serve(&sender)?),
+            None => None,
+        };
+        let watch = match &api {
+            Some(api) => api.server.watcher(),
+            None => Arc::new(|_| ()),
+        };
+        let host = Host {
+            identity: options.identity,
+            console: Console {
+                output: output.clone(),
+                wire: input.wire(),
+                open: Arc::new(crate::serial::open),
+            },
+            cache: options.cache,
+            count_exits: options.count_exits,
+            timeline: Arc::clone(&timeline),
+            wake: Arc::new(move || send(&wake, Event::Vm)),
+            watch: watch.clone(),
+        };
+        let ears = Ears {
+            sender: sender.clone(),
+            input,
+            signals: None,
+            listens: false,
+        };
+        let mut session = Session {
+            vmm: Vmm::new(host),
+            sender,
+            events,
+            output,
+            asked: false,
+            on_signal: options.on_signal,
+            watch,
+        };
+        let result = session.run(first, ears);
+        // Before anything is printed: no line must land in a raw terminal.
+        Terminal::emergency_restore();
+        if let Some(api) = api {
+            let (reason, status) = match &result {
+                Ok(end) => (end.reason.clone(), end.status),
+                Err(failure) => (failure.message.clone(), failure.status),
+            };
+            (session.watch)(husk_config::Event::Exited { reason, status });
+            session.refuse_requests();
+            api.stop();
+        }
+        let end = result?;
+        if let Some(message) = end.message {
+            log::error!("{message}");
+        }
+        if options.print_timeline {
+            print_timeline(&timeline);
+        }
+        if let Some(exits) = end.exits {
+            print_exits(&exits);
+        }
+        Ok(end.status)
+    }
+
+    /// Nobody answers requests that come now.
+    fn refuse_requests(&self) {
+        while let Ok(event) = self.events.try_recv() {
+            if let Event::Request(_, reply) = event {
+                reply(Err(ending()));
+            }
+        }
+    }
+
+    fn run(&mut self, first: First, mut ears: Ears) -> Result<End, Failure> {
+        let input = match first {
+            First::Boot(config) => {
+                self.vmm.handle(VmmRequest::Configure(config))?;
+                self.boot(ears)?
+            }
+            First::Serve(config) => {
+                self.vmm.begin_with(*config);
+                self.vmm.stand_by();
+                // A signal must find the way to the socket's removal.
+                ears.listen_to_signals()?;
+                match self.serve(ears)? {
+                    Ok(input) => input,
+                    Err(end) => return Ok(end),
+                }
+            }
+        };
+        let end = self.until_over();
+        drop(input);
+        end
+    }
+
+    /// Build the VM and let it run; keep the result for as long.
+    fn boot(&mut self, mut ears: Ears) -> Result<Input, Failure> {
         self.vmm.build()?;
         // Only now: while a kernel is unpacked, say, a signal or Ctrl-C just ends the process. And not later: what the
         // guest writes and what is typed to it needs the raw terminal.
-        let (signals, terminal) = Ears::open()?;
+        ears.hear_signals()?;
+        let terminal = Terminal::open().map(Arc::new);
         self.vmm.start()?;
-        let _input = ears.listen(signals, terminal)?;
+        ears.listen(terminal)
+    }
+
+    /// Answer requests until a VM runs; or the end, when it is told to end before.
+    fn serve(&mut self, ears: Ears) -> Result<Result<Input, End>, Failure> {
+        loop {
+            match self.events.recv() {
+                Ok(Event::Request(VmmRequest::Boot, reply)) => {
+                    if let Err(e) = self.vmm.build() {
+                        reply(Err(refusal(&e)));
+                        continue;
+                    }
+                    let terminal = Terminal::open().map(Arc::new);
+                    let started = self.vmm.start();
+                    reply(started.map(|()| Answer::Done).map_err(|e| refusal(&e)));
+                    return ears.listen(terminal).map(Ok);
+                }
+                Ok(Event::Request(VmmRequest::Stop, reply)) => {
+                    reply(Ok(Answer::Done));
+                    return Ok(Err(End::default()));
+                }
+                Ok(Event::Request(request, reply)) => {
+                    if let Some(end) = self.answer(request, reply) {
+                        return Ok(Err(end));
+                    }
+                }
+                Ok(Event::Signal(signal)) => {
+                    return Ok(Err(End {
+                        status: exit_status_of(signal),
+                        reason: "a signal".into(),
+                        ..End::default()
+                    }));
+                }
+                Ok(Event::Key(_) | Event::Vm | Event::Down) => {}
+                // This session has a sender of its own.
+                Err(_) => return Ok(Err(End::default())),
+            }
+        }
+    }
+
+    /// Answer a request; Some when the process has nothing left to do.
+    fn answer(&mut self, request: VmmRequest, reply: husk_api::Reply) -> Option<End> {
+        match self.vmm.handle(request) {
+            Ok(answer) => {
+                reply(Ok(answer));
+                None
+            }
+            Err(e) => {
+                reply(Err(refusal(&e)));
+                e.is_fatal().then(|| End {
+                    status: 1,
+                    reason: e.to_string(),
+                    message: Some(e.to_string()),
+                    exits: None,
+                })
+            }
+        }
+    }
+
+    /// A VM runs: until it has ended for good.
+    fn until_over(&mut self) -> Result<End, Failure> {
+        let restart = self.vmm.config().on_reboot == OnReboot::Restart;
         loop {
             let forced = self.until_ended();
             if forced.is_some() {
@@ -164,6 +448,7 @@ impl Session {
             if let Some(status) = forced.or(impatient) {
                 return Ok(End {
                     status,
+                    reason: "the VM was ended at once".into(),
                     ..End::default()
                 });
             }
@@ -172,12 +457,14 @@ impl Session {
             };
             if outcome == Outcome::Reset && restart && !self.asked {
                 log::info!("the guest rebooted and starts again");
+                (self.watch)(husk_config::Event::Restarted);
                 self.vmm.handle(VmmRequest::Boot)?;
                 continue;
             }
             let status = outcome.exit_status();
             return Ok(End {
                 status,
+                reason: outcome.to_string(),
                 message: (status != 0).then(|| outcome.to_string()),
                 exits,
             });
@@ -190,7 +477,12 @@ impl Session {
         while self.vmm.outcome().is_none() {
             chores.plan(&self.vmm, self.asked);
             match self.events.recv_timeout(chores.pause()) {
-                Ok(Event::Signal(signal)) if self.asked => return Some(exit_status_of(signal)),
+                Ok(Event::Request(request, reply)) => {
+                    self.answer(request, reply);
+                }
+                Ok(Event::Signal(signal)) if self.asked || self.on_signal == OnSignal::End => {
+                    return Some(exit_status_of(signal));
+                }
                 Ok(Event::Signal(_)) => {
                     self.asked = true;
                     log::info!("the power button is pressed; a second signal ends the VM at once");
@@ -227,6 +519,7 @@ impl Session {
             events,
             output,
             asked,
+            ..
         } = self;
         thread::scope(|scope| {
             let taking = scope.spawn(|| {
@@ -242,6 +535,7 @@ impl Session {
             loop {
                 match events.recv() {
                     Ok(Event::Down) | Err(_) => break,
+                    Ok(Event::Request(_, reply)) => reply(Err(ending())),
                     Ok(Event::Key(ConsoleEvent::Leave)) => impatient = Some(0),
                     Ok(Event::Signal(signal)) if *asked => impatient = Some(exit_status_of(signal)),
                     Ok(Event::Signal(_)) => *asked = true,

@@ -114,6 +114,7 @@ impl Subject for Balloon {
         let update = |amount_mib, stats_polling_interval_s| DeviceUpdate::Balloon {
             amount_mib,
             stats_polling_interval_s,
+            hinting: None,
         };
         match action {
             Host::Amount(mib) => guest.update(update(Some(mib), None)),

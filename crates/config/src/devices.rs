@@ -1,6 +1,6 @@
 //! Virtio devices, in the shapes of Firecracker's API.
 
-use crate::Error;
+use crate::{Error, is_default};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -14,12 +14,12 @@ pub struct Drive {
     /// Its name: letters, digits and `_`. The guest reads it as the disk's serial number.
     pub drive_id: String,
     /// The raw image or block device.
+    #[serde(default)]
     pub path_on_host: PathBuf,
     /// Tell the guest's kernel to take it for its root file system.
-    #[serde(default)]
     pub is_root_device: bool,
     /// With `is_root_device`: the partition that holds the root file system.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub partuuid: Option<String>,
     /// The guest cannot write.
     #[serde(default)]
@@ -30,6 +30,9 @@ pub struct Drive {
     /// How requests reach the file.
     #[serde(default)]
     pub io_engine: IoEngine,
+    /// A vhost-user-block server; Husk has its own disks and refuses this.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
     /// Go around the host's page cache (O_DIRECT).
     #[serde(default, skip_serializing_if = "is_default")]
     pub direct: bool,
@@ -37,7 +40,7 @@ pub struct Drive {
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub queues: u16,
     /// How much the guest may do.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
 }
 
@@ -79,19 +82,19 @@ pub struct NetworkInterface {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<UserNetwork>,
     /// The guest's address, `aa:bb:cc:dd:ee:ff`; one that follows from `iface_id` when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub guest_mac: Option<String>,
     /// The largest packet that the guest should send, 68 to 65535 bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub mtu: Option<u16>,
     /// Pairs of queues, 1 to [`MAX_QUEUES`].
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub queues: u16,
     /// How much the guest may receive.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub rx_rate_limiter: Option<RateLimiter>,
     /// How much the guest may send.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub tx_rate_limiter: Option<RateLimiter>,
 }
 
@@ -123,7 +126,7 @@ pub struct Vsock {
     /// Host programs connect to this Unix socket; a guest's connection to port N comes to `uds_path_N`.
     pub uds_path: PathBuf,
     /// Ignored; older clients send it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub vsock_id: Option<String>,
 }
 
@@ -139,10 +142,10 @@ pub struct Balloon {
     #[serde(default)]
     pub stats_polling_interval_s: u16,
     /// The guest can be asked which pages it does not use.
-    #[serde(default, skip_serializing_if = "is_default")]
+    #[serde(default)]
     pub free_page_hinting: bool,
     /// The guest tells of pages that it does not use any more, by itself.
-    #[serde(default, skip_serializing_if = "is_default")]
+    #[serde(default)]
     pub free_page_reporting: bool,
 }
 
@@ -151,8 +154,20 @@ pub struct Balloon {
 #[serde(deny_unknown_fields)]
 pub struct Entropy {
     /// How much the guest may take.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
+}
+
+/// The serial console's output.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Serial {
+    /// A file or named pipe that takes it instead of stdout.
+    #[serde(default)]
+    pub serial_out_path: Option<PathBuf>,
+    /// Bytes that the guest may write; more are dropped.
+    #[serde(default)]
+    pub rate_limiter: Option<TokenBucket>,
 }
 
 /// Limits on a device; each may be absent.
@@ -160,10 +175,10 @@ pub struct Entropy {
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
     /// Tokens are bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub bandwidth: Option<TokenBucket>,
     /// Tokens are requests or packets.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub ops: Option<TokenBucket>,
 }
 
@@ -174,7 +189,7 @@ pub struct TokenBucket {
     /// Tokens; 0 means no limit.
     pub size: u64,
     /// Tokens that are there once, in addition.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub one_time_burst: Option<u64>,
     /// Time for `size` tokens, in ms; 0 means no limit.
     pub refill_time: u64,
@@ -191,6 +206,7 @@ impl Drive {
             is_read_only: false,
             cache_type: CacheType::default(),
             io_engine: IoEngine::default(),
+            socket: None,
             direct: false,
             queues: 1,
             rate_limiter: None,
@@ -200,6 +216,13 @@ impl Drive {
     pub(crate) fn validate(&self) -> Result<(), Error> {
         check_id(&self.drive_id)?;
         check_queues(&self.drive_id, self.queues)?;
+        if self.socket.is_some() {
+            return Err(Error::Device(
+                self.drive_id.clone(),
+                "names a vhost-user-block socket, which Husk does not speak: give path_on_host"
+                    .into(),
+            ));
+        }
         if self.path_on_host.as_os_str().is_empty() {
             return Err(Error::Device(
                 self.drive_id.clone(),
@@ -294,6 +317,39 @@ impl NetworkInterface {
     }
 }
 
+impl Balloon {
+    /// `memory_mib`: the VM's memory.
+    pub(crate) fn validate(&self, memory_mib: u64) -> Result<(), Error> {
+        if u64::from(self.amount_mib) <= memory_mib {
+            return Ok(());
+        }
+        let why = format!(
+            "cannot take {} MiB of a VM with {memory_mib} MiB of memory: give less",
+            self.amount_mib
+        );
+        Err(Error::Device("balloon".into(), why))
+    }
+
+    /// What can be turned on before boot only.
+    pub(crate) fn check_update(&self, seconds: Option<u16>, hinting: bool) -> Result<(), Error> {
+        let off = |what: &str| {
+            let why = format!("was made without {what}: that cannot change while the VM runs");
+            Err(Error::Device("balloon".into(), why))
+        };
+        match seconds {
+            Some(seconds) if (seconds == 0) != (self.stats_polling_interval_s == 0) => {
+                off(if seconds == 0 {
+                    "a way to stop its statistics"
+                } else {
+                    "statistics"
+                })
+            }
+            _ if hinting && !self.free_page_hinting => off("free page hinting"),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Vsock {
     pub(crate) fn validate(&self) -> Result<(), Error> {
         let why = |text: String| Error::Device("vsock".into(), text);
@@ -337,10 +393,6 @@ fn one() -> u16 {
 
 fn is_one(value: &u16) -> bool {
     *value == 1
-}
-
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
 }
 
 #[cfg(test)]

@@ -49,6 +49,9 @@ pub enum Error {
     /// A device cannot be as it is configured.
     #[error("the device {0} {1}")]
     Device(String, String),
+    /// There is no such device.
+    #[error("there is no device called {0}")]
+    NoDevice(String),
     /// Not a size.
     #[error("{0:?} is not a memory size; write for example 512M or 2G (a bare number is MiB)")]
     Size(String),

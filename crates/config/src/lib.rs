@@ -9,13 +9,17 @@
 
 mod devices;
 mod error;
+mod request;
 mod size;
 
 pub use devices::{
     Balloon, CacheType, Drive, Entropy, Forward, IoEngine, MAX_QUEUES, NetworkInterface,
-    RateLimiter, TokenBucket, UserNetwork, Vsock,
+    RateLimiter, Serial, TokenBucket, UserNetwork, Vsock,
 };
 pub use error::Error;
+pub use request::{
+    Answer, DeviceUpdate, Event, Hinting, MachineConfigUpdate, Part, Query, VmmRequest,
+};
 pub use size::parse_mib;
 
 use serde::de::DeserializeOwned;
@@ -61,23 +65,26 @@ pub struct VmConfig {
     #[serde(default, deserialize_with = "object")]
     pub machine_config: MachineConfig,
     /// What a reboot by the guest does.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub on_reboot: OnReboot,
     /// Disks.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub drives: Vec<Drive>,
     /// Network interfaces.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub network_interfaces: Vec<NetworkInterface>,
     /// Sockets between host and guest.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub vsock: Option<Vsock>,
     /// A source of random bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub entropy: Option<Entropy>,
     /// Memory that the guest gives back.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub balloon: Option<Balloon>,
+    /// Where the console's output goes, when not to stdout.
+    #[serde(default)]
+    pub serial: Option<Serial>,
     /// Devices are on PCI instead of MMIO.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pci: bool,
@@ -90,13 +97,13 @@ pub struct BootSource {
     /// An ELF vmlinux or a bzImage.
     pub kernel_image_path: PathBuf,
     /// The initial RAM disk.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub initrd_path: Option<PathBuf>,
     /// The whole kernel command line; [`DEFAULT_BOOT_ARGS`] when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub boot_args: Option<String>,
     /// How the kernel is entered.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub boot_protocol: BootProtocol,
 }
 
@@ -187,6 +194,11 @@ impl VmConfig {
         if self.boot_source.kernel_image_path.as_os_str().is_empty() {
             return Err(Error::NoKernel);
         }
+        self.validate_parts()
+    }
+
+    /// The same for a configuration that is not complete yet: it may lack a kernel.
+    pub fn validate_parts(&self) -> Result<(), Error> {
         let cpus = self.machine_config.vcpu_count;
         if !(1..=MAX_VCPUS).contains(&cpus) {
             return Err(Error::Vcpus(cpus));
@@ -227,63 +239,21 @@ impl VmConfig {
             let why = "is a second root device: mark one only";
             return Err(Error::Device(second.drive_id.clone(), why.into()));
         }
-        self.vsock.iter().try_for_each(Vsock::validate)
+        self.vsock.iter().try_for_each(Vsock::validate)?;
+        let memory = self.machine_config.mem_size_mib;
+        self.balloon.iter().try_for_each(|b| b.validate(memory))
     }
+}
+
+/// For fields that Firecracker does not have: they show only where they say something.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// For a field that is a structure: refuse a list, which serde would take for one.
 fn object<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> Result<T, D::Error> {
     let fields = serde_json::Map::deserialize(deserializer)?;
     T::deserialize(serde_json::Value::Object(fields)).map_err(serde::de::Error::custom)
-}
-
-/// What may be changed of a device while the VM runs. Absent fields stay as they are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum DeviceUpdate {
-    /// A disk.
-    Disk {
-        /// Go on with this file or block device; the same path again reads its size anew.
-        path: Option<PathBuf>,
-        /// Limits, from now on.
-        rate_limiter: Option<RateLimiter>,
-    },
-    /// A network interface.
-    Network {
-        /// Limits on what the guest receives, from now on.
-        rx_rate_limiter: Option<RateLimiter>,
-        /// Limits on what the guest sends, from now on.
-        tx_rate_limiter: Option<RateLimiter>,
-        /// The cable is plugged in, or pulled out.
-        link_up: Option<bool>,
-    },
-    /// The entropy device.
-    Entropy {
-        /// Limits, from now on.
-        rate_limiter: RateLimiter,
-    },
-    /// The balloon.
-    Balloon {
-        /// Memory that the guest is to give back, in MiB.
-        amount_mib: Option<u32>,
-        /// How often the guest reports statistics, in seconds.
-        stats_polling_interval_s: Option<u16>,
-    },
-}
-
-/// What may be asked of the monitor. One state machine in `husk-vmm` answers all of them.
-#[derive(Clone, Debug)]
-pub enum VmmRequest {
-    /// Replace the configuration. Before boot only.
-    Configure(Box<VmConfig>),
-    /// Build the VM and let it run.
-    Boot,
-    /// Press the ACPI power button: the guest decides what to do.
-    PressPowerButton,
-    /// Change a device, by its name, while the VM runs.
-    Update(String, DeviceUpdate),
-    /// End the VM now, whatever the guest is doing.
-    Stop,
 }
 
 #[cfg(test)]

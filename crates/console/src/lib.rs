@@ -8,11 +8,13 @@
 #![deny(unsafe_code)]
 
 mod escape;
+mod file;
 mod input;
 mod output;
 mod signals;
 mod terminal;
 
+pub use file::FileOutput;
 pub use input::Input;
 pub use output::Output;
 pub use signals::{install_fatal_signal_handlers, install_panic_hook, is_ignored};

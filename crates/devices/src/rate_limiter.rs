@@ -117,6 +117,26 @@ impl RateLimiter {
     }
 }
 
+/// A token bucket for which nobody waits: what it does not allow is not done.
+#[derive(Debug, Default)]
+pub struct Allowance(Buckets);
+
+impl Allowance {
+    /// With this limit; None: all is allowed.
+    pub fn new(limit: Option<TokenBucket>) -> Self {
+        let mut buckets = Buckets::default();
+        let bandwidth = limit;
+        let ops = None;
+        buckets.update(husk_config::RateLimiter { bandwidth, ops }, now());
+        Self(buckets)
+    }
+
+    /// Take `tokens`, or none of them: false.
+    pub fn take(&mut self, tokens: u64) -> bool {
+        self.0.are_unlimited() || self.0.consume(0, tokens, now()).is_ok()
+    }
+}
+
 /// Nanoseconds of the monotonic clock.
 fn now() -> u64 {
     let time = clock_gettime(ClockId::Monotonic);
@@ -335,6 +355,17 @@ mod tests {
         let mut bytes = buckets(bucket(1000, 100, None), None);
         assert!(bytes.consume(1, 1000, u64::MAX).is_ok());
         assert!(bytes.consume(1, 1, 5).is_err());
+    }
+
+    #[test]
+    fn an_allowance_refuses_what_is_too_much() {
+        let mut allowance = Allowance::new(bucket(10, 3_600_000, Some(5)));
+        assert!(allowance.take(12));
+        assert!(!allowance.take(10));
+        assert!(allowance.take(3));
+        assert!(!allowance.take(1));
+        let mut all = Allowance::new(None);
+        assert!(all.take(u64::MAX) && all.take(u64::MAX));
     }
 
     #[test]

@@ -133,6 +133,11 @@ pub trait VirtioDevice: Send {
         )))
     }
 
+    /// What can be told of the device at this moment, for a person or program outside; null: nothing.
+    fn report(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+
     /// Progress that a snapshot must hold. Only while stopped.
     fn save(&self) -> DeviceState {
         DeviceState::Null

@@ -4,7 +4,7 @@ use crate::error::Error;
 use husk_arch::acpi::MmioSlot;
 use husk_arch::layout;
 use husk_bus::Bus;
-use husk_config::{DeviceUpdate, VmConfig, default_boot_args};
+use husk_config::{DeviceUpdate, Drive, NetworkInterface, VmConfig, default_boot_args};
 use husk_devices::balloon::Balloon;
 use husk_devices::block::Block;
 use husk_devices::entropy::Entropy;
@@ -17,6 +17,7 @@ use husk_virtio::transport::pci::PciTransport;
 use husk_virtio::transport::{Core, Doorbell};
 use husk_virtio::{DeviceThread, GuestMemory, VirtioDevice};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,30 +25,103 @@ use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 /// A device that is on no bus yet, with its name.
-type Named = (String, Box<dyn VirtioDevice>);
+pub type Named = (String, Box<dyn VirtioDevice>);
 
 /// How many devices have an interrupt line of their own.
 const MOST_ON_MMIO: usize = (layout::IO_APIC_PINS - layout::VIRTIO_IRQ) as usize;
 /// Device numbers of a PCI bus, less the host bridge's.
 const MOST_ON_PCI: usize = 31;
 
-/// Open what the devices of `config` need of the host. Nothing of it depends on KVM.
-pub fn open(config: &VmConfig) -> Result<Vec<Named>, Error> {
+/// Devices that were opened when they were configured, by name.
+#[derive(Default)]
+pub struct Opened(BTreeMap<String, Box<dyn VirtioDevice>>);
+
+impl Opened {
+    /// Open a disk. The one of its name, which may hold the same file, is closed before; when this fails, it is opened again
+    /// as `before` has it.
+    pub fn drive(&mut self, drive: &Drive, before: &VmConfig) -> Result<(), Error> {
+        let id = drive.drive_id.as_str();
+        let old = before.drives.iter().find(|old| old.drive_id == id);
+        self.replace(id, || open_drive(drive), || old.map(open_drive))
+    }
+
+    /// The same for a network interface.
+    pub fn interface(
+        &mut self,
+        interface: &NetworkInterface,
+        before: &VmConfig,
+    ) -> Result<(), Error> {
+        let id = interface.iface_id.as_str();
+        let mut interfaces = before.network_interfaces.iter();
+        let old = interfaces.find(|old| old.iface_id == id);
+        self.replace(id, || open_interface(interface), || old.map(open_interface))
+    }
+
+    /// The same for the vsock device.
+    pub fn vsock(&mut self, vsock: &husk_config::Vsock, before: &VmConfig) -> Result<(), Error> {
+        let old = before.vsock.as_ref();
+        self.replace(VSOCK, || open_vsock(vsock), || old.map(open_vsock))
+    }
+
+    fn replace(
+        &mut self,
+        id: &str,
+        new: impl FnOnce() -> Result<Box<dyn VirtioDevice>, Error>,
+        old: impl FnOnce() -> Option<Result<Box<dyn VirtioDevice>, Error>>,
+    ) -> Result<(), Error> {
+        self.0.remove(id);
+        let (device, result) = match new() {
+            Ok(device) => (Some(device), Ok(())),
+            Err(e) => (old().and_then(Result::ok), Err(e)),
+        };
+        if let Some(device) = device {
+            self.0.insert(id.into(), device);
+        }
+        result
+    }
+
+    fn take(
+        &mut self,
+        id: &str,
+        open: impl FnOnce() -> Result<Box<dyn VirtioDevice>, Error>,
+    ) -> Result<Named, Error> {
+        let device = self.0.remove(id).map_or_else(open, Ok)?;
+        Ok((id.into(), device))
+    }
+}
+
+/// The vsock device's name.
+const VSOCK: &str = "vsock";
+
+fn open_drive(drive: &Drive) -> Result<Box<dyn VirtioDevice>, Error> {
+    let device = Block::new(drive).map_err(|e| failed(&drive.drive_id, e))?;
+    Ok(Box::new(device))
+}
+
+fn open_interface(interface: &NetworkInterface) -> Result<Box<dyn VirtioDevice>, Error> {
+    let device = Net::new(interface).map_err(|e| failed(&interface.iface_id, e))?;
+    Ok(Box::new(device))
+}
+
+fn open_vsock(vsock: &husk_config::Vsock) -> Result<Box<dyn VirtioDevice>, Error> {
+    raise_descriptor_limit();
+    let device = Vsock::new(vsock).map_err(|e| failed(VSOCK, e))?;
+    Ok(Box::new(device))
+}
+
+/// The devices of `config`: those that are `opened`, the others opened now. Nothing of it depends on KVM.
+pub fn open(config: &VmConfig, opened: &mut Opened) -> Result<Vec<Named>, Error> {
     let mut devices: Vec<Named> = Vec::new();
     // The root device first: the guest calls it vda.
     let (root, others): (Vec<_>, Vec<_>) = config.drives.iter().partition(|d| d.is_root_device);
     for drive in root.into_iter().chain(others) {
-        let device = Block::new(drive).map_err(|e| failed(&drive.drive_id, e))?;
-        devices.push((drive.drive_id.clone(), Box::new(device)));
+        devices.push(opened.take(&drive.drive_id, || open_drive(drive))?);
     }
     for interface in &config.network_interfaces {
-        let device = Net::new(interface).map_err(|e| failed(&interface.iface_id, e))?;
-        devices.push((interface.iface_id.clone(), Box::new(device)));
+        devices.push(opened.take(&interface.iface_id, || open_interface(interface))?);
     }
     if let Some(vsock) = &config.vsock {
-        raise_descriptor_limit();
-        let device = Vsock::new(vsock).map_err(|e| failed("vsock", e))?;
-        devices.push(("vsock".into(), Box::new(device)));
+        devices.push(opened.take(VSOCK, || open_vsock(vsock))?);
     }
     if let Some(entropy) = &config.entropy {
         let device = Entropy::new(entropy).map_err(|e| failed("entropy", e))?;
@@ -187,13 +261,25 @@ impl Devices {
 
     /// Change the device called `id` while the VM runs.
     pub fn update(&self, id: &str, change: DeviceUpdate) -> Result<(), Error> {
+        let updated = self.with_device(id, move |device| device.update(&change))?;
+        updated.map_err(|e| failed(id, e))
+    }
+
+    /// What the device called `id` tells of itself.
+    pub fn report(&self, id: &str) -> Result<serde_json::Value, Error> {
+        self.with_device(id, |device| device.report())
+    }
+
+    fn with_device<R: Send + 'static>(
+        &self,
+        id: &str,
+        what: impl FnOnce(&mut dyn VirtioDevice) -> R + Send + 'static,
+    ) -> Result<R, Error> {
+        let missing = || Error::NoDevice(id.into());
         let found = self.attached.iter().find(|(own, _)| own == id);
-        let (_, transport) = found.ok_or_else(|| Error::NoDevice(id.into()))?;
-        let updated = transport.with_core(|core| core.with_device(move |d| d.update(&change)));
-        match updated {
-            Some(result) => result.map_err(|e| failed(id, e)),
-            None => Err(Error::NoDevice(id.into())),
-        }
+        let (_, transport) = found.ok_or_else(missing)?;
+        let done = transport.with_core(|core| core.with_device(what));
+        done.ok_or_else(missing)
     }
 }
 
@@ -388,7 +474,7 @@ impl Drop for DoorbellThread {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use husk_config::{Drive, Entropy as EntropyConfig};
+    use husk_config::Entropy as EntropyConfig;
 
     fn config() -> VmConfig {
         let mut root = Drive::new("root", "/img");

@@ -96,6 +96,29 @@ pub enum Error {
         /// What KVM allows.
         most: usize,
     },
+    /// The serial console's output cannot be opened.
+    #[error("cannot open {} for the serial console's output", .0.display())]
+    Serial(PathBuf, #[source] std::io::Error),
+    /// A device was configured without what is asked of it.
+    #[error("the {0} was made without {1}: ask for it before boot")]
+    NotMade(&'static str, &'static str),
+    /// Only after boot. As Firecracker's clients know it.
+    #[error("The requested operation is not supported before starting the microVM.")]
+    BeforeBoot,
+    /// Only before boot.
+    #[error("The requested operation is not supported after starting the microVM.")]
+    AfterBoot,
+    /// Loading a snapshot after something else was configured.
+    #[error(
+        "Loading a microVM snapshot not allowed after configuring boot-specific resources: start a new process for it"
+    )]
+    LoadAfterConfiguration,
+    /// Snapshots.
+    #[error("A snapshot cannot be loaded: that is not supported yet.")]
+    Load,
+    /// An answer cannot be put in words.
+    #[error("the answer cannot be written as JSON: {0}")]
+    Json(String),
     /// The request does not fit the VM's state.
     #[error("{0}")]
     State(&'static str),
@@ -151,8 +174,22 @@ impl Error {
             | Error::Device(..)
             | Error::NoDevice(_)
             | Error::TooManyDevices { .. }
+            | Error::Serial(..)
+            | Error::NotMade(..)
+            | Error::LoadAfterConfiguration
+            | Error::Load
+            | Error::BeforeBoot
+            | Error::AfterBoot
+            | Error::Json(_)
             | Error::State(_) => false,
         }
+    }
+}
+
+impl Error {
+    /// The process has nothing left to do after this: the client that asked counts on its end.
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, Error::Load)
     }
 }
 

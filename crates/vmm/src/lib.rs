@@ -9,17 +9,22 @@ mod error;
 mod lifecycle;
 mod load;
 mod memory;
+mod standby;
 mod timeline;
 mod vcpu;
+mod view;
 mod vm;
 
 pub use error::{Error, chain};
 pub use lifecycle::{Outcome, Wake};
 pub use timeline::{Phase, Timeline};
 pub use vcpu::{ExitCounts, install_kick_handler};
-pub use vm::{Console, Host};
+pub use vm::{Console, Host, Identity, Watch};
 
-use husk_config::{VmConfig, VmmRequest};
+use devices::Opened;
+use husk_config::{Answer, Event, Part, VmConfig, VmmRequest};
+use husk_loader::Kernel;
+use standby::Standby;
 use vm::Vm;
 
 /// The monitor of one VM.
@@ -27,6 +32,21 @@ pub struct Vmm {
     host: Host,
     config: VmConfig,
     state: State,
+    /// What is ready before it is asked for.
+    prepared: Prepared,
+    /// Something was configured that a snapshot would bring along.
+    touched: bool,
+}
+
+/// Parts of the next VM that are ready already. Empty when a VM is booted from a whole configuration at once.
+#[derive(Default)]
+pub(crate) struct Prepared {
+    /// KVM's VM, with its memory and vCPUs.
+    standby: Option<Standby>,
+    /// The kernel of the boot source.
+    kernel: Option<Kernel>,
+    /// Devices whose files, taps and sockets are open.
+    devices: Opened,
 }
 
 enum State {
@@ -43,15 +63,44 @@ impl Vmm {
             host,
             config: VmConfig::default(),
             state: State::Configuring,
+            prepared: Prepared::default(),
+            touched: false,
+        }
+    }
+
+    /// From now on, have what a VM needs of KVM ready before it is asked for. It takes milliseconds, mostly asleep; this
+    /// returns at once.
+    pub fn stand_by(&mut self) {
+        if !matches!(self.state, State::Configuring) {
+            return;
+        }
+        let machine = standby::Wanted::of(&self.config);
+        match &self.prepared.standby {
+            Some(standby) if *standby.wanted() == machine => {}
+            _ => self.prepared.standby = Some(Standby::start(machine, &self.host)),
         }
     }
 
     /// Do what `request` asks. A request that fails changes nothing.
-    pub fn handle(&mut self, request: VmmRequest) -> Result<(), Error> {
-        match (&self.state, request) {
+    pub fn handle(&mut self, request: VmmRequest) -> Result<Answer, Error> {
+        match (&mut self.state, request) {
+            (_, VmmRequest::Get(query)) => return self.get(query).map(Answer::Value),
             (State::Configuring, VmmRequest::Configure(config)) => {
                 config.validate()?;
                 self.config = *config;
+                self.touched = true;
+            }
+            (State::Configuring, VmmRequest::Put(part)) => self.put(*part)?,
+            (State::Configuring, VmmRequest::PatchMachine(change)) => {
+                let mut machine = self.config.machine_config.clone();
+                change.apply(&mut machine);
+                self.put(Part::MachineConfig(machine))?;
+            }
+            (State::Configuring, VmmRequest::LoadSnapshot) => {
+                return Err(match self.touched {
+                    true => Error::LoadAfterConfiguration,
+                    false => Error::Load,
+                });
             }
             (State::Configuring, VmmRequest::Boot) => {
                 self.build()?;
@@ -59,13 +108,45 @@ impl Vmm {
             }
             (State::Running(vm), VmmRequest::PressPowerButton) => vm.press_power_button(),
             (State::Running(vm), VmmRequest::Update(id, change)) => {
+                let mut config = self.config.clone();
+                change.apply(&id, &mut config)?;
                 vm.update_device(&id, change)?;
+                self.config = config;
             }
             (State::Running(vm), VmmRequest::Stop) => vm.end(Outcome::Stopped),
-            (State::Configuring | State::Built(_), _) => {
-                return Err(Error::State("the VM is not running"));
+            (State::Configuring | State::Built(_), _) => return Err(Error::BeforeBoot),
+            (State::Running(_), _) => return Err(Error::AfterBoot),
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Set a part of the configuration, and open what it names.
+    fn put(&mut self, part: Part) -> Result<(), Error> {
+        let mut config = self.config.clone();
+        let opened = part.clone();
+        part.set(&mut config);
+        config.validate_parts()?;
+        let waits = self.prepared.standby.is_some();
+        match opened {
+            Part::BootSource(source) => {
+                let kernel = Kernel::open(&source.kernel_image_path, &self.host.cache)?;
+                if let Some(initrd) = &source.initrd_path {
+                    load::check_initrd(initrd)?;
+                }
+                self.prepared.kernel = waits.then_some(kernel);
             }
-            (State::Running(_), _) => return Err(Error::State("the VM is already running")),
+            Part::MachineConfig(_) => vm::check_memory(&config)?,
+            Part::Drive(drive) => self.prepared.devices.drive(&drive, &self.config)?,
+            Part::NetworkInterface(interface) => {
+                self.prepared.devices.interface(&interface, &self.config)?;
+            }
+            Part::Vsock(vsock) => self.prepared.devices.vsock(&vsock, &self.config)?,
+            Part::Balloon(_) | Part::Entropy(_) | Part::Serial(_) => {}
+        }
+        self.config = config;
+        self.touched = true;
+        if waits {
+            self.stand_by();
         }
         Ok(())
     }
@@ -73,10 +154,21 @@ impl Vmm {
     /// The first half of [`VmmRequest::Boot`]: all that may take long or fail.
     pub fn build(&mut self) -> Result<(), Error> {
         let State::Configuring = self.state else {
-            return Err(Error::State("the VM is already built"));
+            return Err(Error::AfterBoot);
         };
-        self.state = State::Built(Box::new(Vm::build(&self.config, &self.host)?));
-        Ok(())
+        let waits = self.prepared.standby.is_some();
+        match Vm::build(&self.config, &self.host, &mut self.prepared) {
+            Ok(vm) => {
+                self.state = State::Built(Box::new(vm));
+                Ok(())
+            }
+            Err(e) => {
+                if waits {
+                    self.stand_by();
+                }
+                Err(e)
+            }
+        }
     }
 
     /// The second half: the guest runs.
@@ -85,6 +177,7 @@ impl Vmm {
             State::Built(mut vm) => {
                 vm.start();
                 self.state = State::Running(vm);
+                (self.host.watch)(Event::Booted);
                 Ok(())
             }
             other => {
@@ -94,9 +187,19 @@ impl Vmm {
         }
     }
 
+    /// Begin with `config`, which is not complete: requests add to it.
+    pub fn begin_with(&mut self, config: VmConfig) {
+        self.config = config;
+    }
+
     /// The configuration.
     pub fn config(&self) -> &VmConfig {
         &self.config
+    }
+
+    /// A VM is there, and its guest runs or has run.
+    pub fn is_booted(&self) -> bool {
+        matches!(self.state, State::Running(_))
     }
 
     /// How the VM ended; None while it runs or before it was booted.

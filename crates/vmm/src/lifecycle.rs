@@ -1,6 +1,8 @@
 //! How a VM comes to its end: what the guest and the vCPUs report, and what the main thread learns of it.
 
 use crate::timeline::{Phase, Timeline};
+use crate::vm::Watch;
+use husk_config::Event;
 use husk_devices::{GuestEvent, GuestEvents};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -60,17 +62,19 @@ pub struct Lifecycle {
     panicked: AtomicBool,
     wake: Wake,
     timeline: Arc<Timeline>,
+    watch: Watch,
 }
 
 impl Lifecycle {
     /// `wake` is called on every report that concerns the main thread.
-    pub fn new(wake: Wake, timeline: Arc<Timeline>) -> Self {
+    pub fn new(wake: Wake, timeline: Arc<Timeline>, watch: Watch) -> Self {
         Self {
             ended: AtomicBool::new(false),
             outcome: Mutex::new(None),
             panicked: AtomicBool::new(false),
             wake,
             timeline,
+            watch,
         }
     }
 
@@ -111,7 +115,9 @@ impl GuestEvents for Lifecycle {
             GuestEvent::Reset => self.end(Outcome::Reset),
             GuestEvent::Panicked => {
                 // The kernel still prints, and restarts if it was told to: the VM ends then, or a while later.
-                self.panicked.store(true, Ordering::Release);
+                if !self.panicked.swap(true, Ordering::AcqRel) {
+                    (self.watch)(Event::Panicked);
+                }
                 (self.wake)();
             }
             GuestEvent::CrashLoaded => {
@@ -137,7 +143,11 @@ mod tests {
             }
         };
         (
-            Lifecycle::new(Arc::new(wake), Arc::new(Timeline::new(Instant::now()))),
+            Lifecycle::new(
+                Arc::new(wake),
+                Arc::new(Timeline::new(Instant::now())),
+                Arc::new(|_| ()),
+            ),
             wakes,
         )
     }

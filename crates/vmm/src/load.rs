@@ -20,18 +20,18 @@ const PAGE: u64 = 4096;
 /// are written too.
 pub fn load(
     config: &VmConfig,
+    kernel: &Kernel,
     slots: &[MmioSlot],
     memory: &GuestMemory,
     cache: &Cache,
 ) -> Result<BootState, Error> {
     let source = &config.boot_source;
-    let kernel = Kernel::open(&source.kernel_image_path, cache)?;
     // A kernel with ACPI would find each device twice, and complain.
     let by_acpi = slots.is_empty() || (uses_acpi(source) && kernel.has_acpi(cache));
     let told = if by_acpi { &[] } else { slots };
     let command_line = devices::command_line(config, told)?;
-    let kernel_end = place_kernel(&kernel, memory)?;
-    let pvh_entry = choose(source, &kernel)?;
+    let kernel_end = place_kernel(kernel, memory)?;
+    let pvh_entry = choose(source, kernel)?;
     let initrd = source
         .initrd_path
         .as_deref()
@@ -134,6 +134,19 @@ fn data_extents(file: &File, start: u64, size: u64) -> Vec<(u64, u64)> {
         at = hole;
     }
     extents
+}
+
+/// Whether the initrd can be read.
+pub fn check_initrd(path: &Path) -> Result<(), Error> {
+    let fail = |source| Error::Initrd {
+        path: path.into(),
+        source,
+    };
+    let metadata = File::open(path).and_then(|file| file.metadata());
+    match metadata.map_err(fail)?.is_dir() {
+        true => Err(Error::InitrdDirectory(path.into())),
+        false => Ok(()),
+    }
 }
 
 /// The initrd goes to the end of the memory below the hole, or, if it does not fit there and the protocol can say so

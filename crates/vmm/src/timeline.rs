@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 /// A phase of a boot, in the order in which phases usually come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
+    /// The VM was asked for.
+    Asked,
     /// KVM has created the VM.
     VmCreated,
     /// Interrupt controllers, vCPUs and their CPUID are set up.
@@ -69,6 +71,7 @@ impl Timeline {
 impl std::fmt::Display for Phase {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
+            Phase::Asked => "boot asked for",
             Phase::VmCreated => "KVM VM created",
             Phase::VcpusReady => "vCPUs ready",
             Phase::MemoryReady => "memory registered",

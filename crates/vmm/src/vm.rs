@@ -1,10 +1,12 @@
 //! Building a VM from its configuration, and taking it down again.
 
+use crate::Prepared;
 use crate::devices::{self, Devices, Place};
 use crate::error::Error;
 use crate::lifecycle::{Lifecycle, Outcome, Wake};
 use crate::load::load;
 use crate::memory::GuestMemory;
+use crate::standby::Wanted;
 use crate::timeline::{Phase, Timeline};
 use crate::vcpu::{self, ExitCounts, HaltSearch, Shared, VcpuThread};
 use husk_arch::acpi::{self, AcpiConfig, MmioSlot};
@@ -12,13 +14,14 @@ use husk_arch::boot::BootState;
 use husk_arch::cpuid::{self, CpuTopology, CpuidConfig, Template};
 use husk_arch::{layout, mptable, msrs};
 use husk_bus::Bus;
-use husk_config::{DeviceUpdate, VmConfig};
+use husk_config::{DeviceUpdate, Event, MachineConfig, VmConfig};
 use husk_devices::i8042::I8042;
 use husk_devices::power::{self, PowerPorts};
 use husk_devices::pvpanic::PvPanic;
 use husk_devices::serial::{Output, Serial, Wire};
 use husk_kvm::{Kvm, Vcpu};
-use husk_loader::Cache;
+use husk_loader::{Cache, Kernel};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,10 +35,37 @@ pub struct Console {
     pub output: Arc<dyn Output>,
     /// Holds what the guest has not read yet.
     pub wire: Arc<Wire>,
+    /// Finds what takes the guest's output as a configuration wants it.
+    pub open: OpenOutput,
+}
+
+/// Finds where a console's output goes, given where it goes otherwise. An error comes with its path.
+pub type OpenOutput = Arc<
+    dyn Fn(
+            &husk_config::Serial,
+            Arc<dyn Output>,
+        ) -> Result<Arc<dyn Output>, (PathBuf, std::io::Error)>
+        + Send
+        + Sync,
+>;
+
+/// What the monitor says of itself.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The VM's name.
+    pub id: String,
+    /// The program's name.
+    pub name: &'static str,
+    /// Its version.
+    pub version: &'static str,
+    /// The version of Firecracker's API that clients are told.
+    pub api_version: &'static str,
 }
 
 /// What a VM is built with besides its configuration.
 pub struct Host {
+    /// What the monitor says of itself.
+    pub identity: Identity,
     /// The guest's console.
     pub console: Console,
     /// Unpacked kernels.
@@ -46,7 +76,12 @@ pub struct Host {
     pub timeline: Arc<Timeline>,
     /// Called when the VM has ended or its kernel has panicked.
     pub wake: Wake,
+    /// Hears what happens to the VM. Called on any thread; must not block.
+    pub watch: Watch,
 }
+
+/// Hears what happens to the VM.
+pub type Watch = Arc<dyn Fn(Event) + Send + Sync>;
 
 /// A VM. [`Vm::start`] lets its guest run, [`Vm::stop`] takes it down; fields are dropped in order, memory last.
 pub struct Vm {
@@ -75,38 +110,35 @@ impl Vm {
     /// creates the VM and registers its memory, the thread of the boot vCPU creates the interrupt controllers and the
     /// vCPUs, and a third one meanwhile asks for the host's CPUID (a millisecond where CPUID itself traps) and reads the
     /// kernel.
-    pub fn build(config: &VmConfig, host: &Host) -> Result<Self, Error> {
+    ///
+    /// Where a machine was made ahead, what is left is to load the kernel.
+    pub fn build(config: &VmConfig, host: &Host, prepared: &mut Prepared) -> Result<Self, Error> {
         config.validate()?;
         let slots = devices::slots(config)?;
-        // Before KVM's descriptors, so that it is dropped after them.
-        let memory = GuestMemory::new(memory_size(config)?)?;
-        let kvm = Kvm::open()?;
-        let (cpuid, template) = channel();
-        let (machine, boot) = thread::scope(|scope| {
-            let (kvm, memory, slots) = (&kvm, &memory, slots.as_slice());
-            let boot = scope.spawn(move || {
-                let boot = prepare_boot(config, memory, host, slots)?;
-                let devices = devices::open(config)?;
-                // Second, because KVM_CREATE_VM takes ten times as long while this runs beside it.
-                let template = Arc::new(cpuid_template(kvm, config)?);
-                // When nobody listens, creating the machine has failed, and that is what the user hears of.
-                let _ = cpuid.send(Arc::clone(&template));
-                Ok((template, boot, devices))
-            });
-            let machine = Machine::create(kvm, config, memory, host, template);
-            // A panic has ended the process before this could be seen.
-            let failed = Err(Error::State("the loading thread failed"));
-            (machine, boot.join().unwrap_or(failed))
-        });
-        let (machine, (template, boot, opened)) = (machine?, boot?);
-        let place = Place {
-            slots: &slots,
-            bus: &machine.shared.mmio,
-            memory: memory.memory(),
-            kvm: &machine.kvm,
+        let wanted = Wanted::of(config);
+        let Prepared {
+            standby,
+            kernel,
+            devices: opened,
+        } = prepared;
+        let made = match standby.take_if(|standby| *standby.wanted() == wanted) {
+            Some(standby) => standby.take().transpose()?,
+            None => None,
         };
-        let devices = Devices::attach(opened, config.pci, &place)?;
-        machine.complete(config, (memory, devices), &template, boot)
+        host.timeline.reach(Phase::Asked);
+        let kernel = kernel.take();
+        let load = |memory: &GuestMemory| {
+            let boot = prepare_boot(config, kernel, memory, host, &slots)?;
+            Ok((boot, devices::open(config, opened)?))
+        };
+        let (ready, (boot, opened)) = match made {
+            Some(ready) => {
+                let loaded = load(&ready.memory)?;
+                (ready, loaded)
+            }
+            None => Ready::make(&wanted, &host.timeline, load)?,
+        };
+        ready.complete(config, host, (opened, &slots), boot)
     }
 
     /// Let the guest run.
@@ -155,6 +187,11 @@ impl Vm {
         self.power.is_press_pending()
     }
 
+    /// What the device called `id` tells of itself.
+    pub fn report(&self, id: &str) -> Result<serde_json::Value, Error> {
+        self.devices.report(id)
+    }
+
     /// Change the device called `id`.
     pub fn update_device(&self, id: &str, change: DeviceUpdate) -> Result<(), Error> {
         self.devices.update(id, change)
@@ -194,9 +231,14 @@ impl Vm {
     }
 }
 
+/// Whether this host can give the memory of `config`.
+pub fn check_memory(config: &VmConfig) -> Result<(), Error> {
+    memory_size(&config.machine_config).map(drop)
+}
+
 /// Memory in bytes, checked against what this host can give.
-fn memory_size(config: &VmConfig) -> Result<u64, Error> {
-    let mib = config.machine_config.mem_size_mib;
+fn memory_size(machine: &MachineConfig) -> Result<u64, Error> {
+    let mib = machine.mem_size_mib;
     let info = rustix::system::sysinfo();
     let unit = u64::from(info.mem_unit);
     let host_mib = (info.totalram as u64)
@@ -218,70 +260,100 @@ fn memory_size(config: &VmConfig) -> Result<u64, Error> {
     }
 }
 
-/// A VM whose vCPUs do not run yet.
-struct Machine {
+/// A VM that has memory and vCPUs, and neither devices nor anything in its memory. Fields are dropped in order: memory
+/// comes after KVM's descriptors.
+pub struct Ready {
     first: BootProcessor,
     /// All vCPUs but the boot vCPU, which is its thread's.
     others: Vec<Vcpu>,
-    shared: Arc<Shared>,
-    power: Arc<PowerPorts>,
+    template: Arc<Template>,
     kvm: Arc<husk_kvm::Vm>,
+    pub memory: GuestMemory,
 }
 
-impl Machine {
-    fn create(
-        kvm: &Kvm,
-        config: &VmConfig,
-        memory: &GuestMemory,
-        host: &Host,
-        template: Receiver<Arc<Template>>,
-    ) -> Result<Self, Error> {
-        let (cpus, most) = (config.machine_config.vcpu_count, kvm.max_vcpus());
-        if cpus as usize > most {
-            return Err(Error::TooManyVcpus { cpus, most });
-        }
-        let vm = Arc::new(kvm.create_vm()?);
-        host.timeline.reach(Phase::VmCreated);
-        let (first, made) = BootProcessor::start(&vm, cpus, template, &host.timeline)?;
-        register_memory(&vm, memory, &host.timeline)?;
-        let failed = Err(Error::State("the boot vCPU's thread failed"));
-        let others = made.recv().unwrap_or(failed)?;
-        let (shared, power) = platform(&vm, host)?;
-        Ok(Self {
+impl Ready {
+    /// Make one, and do something with its memory meanwhile, on another thread.
+    ///
+    /// Several of KVM's calls sleep in grace periods, of milliseconds in all. They sleep at the same time: this thread
+    /// creates the VM and registers its memory, the thread of the boot vCPU creates the interrupt controllers and the
+    /// vCPUs, and a third one meanwhile does what is to be done and asks for the host's CPUID (a millisecond where CPUID
+    /// itself traps).
+    pub fn make<T: Send>(
+        wanted: &Wanted,
+        timeline: &Arc<Timeline>,
+        meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error> + Send,
+    ) -> Result<(Self, T), Error> {
+        // Before KVM's descriptors, so that it is dropped after them.
+        let memory = GuestMemory::new(memory_size(&wanted.machine)?)?;
+        let kvm = Kvm::open()?;
+        let (cpuid, template) = channel();
+        let (machine, done) = thread::scope(|scope| {
+            let (kvm, memory) = (&kvm, &memory);
+            let other = scope.spawn(move || {
+                let done = meanwhile(memory)?;
+                // Second, because KVM_CREATE_VM takes ten times as long while this runs beside it.
+                let template = Arc::new(cpuid_template(kvm, wanted)?);
+                // When nobody listens, creating the machine has failed, and that is what the user hears of.
+                let _ = cpuid.send(Arc::clone(&template));
+                Ok((template, done))
+            });
+            let machine = create_machine(kvm, wanted, memory, timeline, template);
+            // A panic has ended the process before this could be seen.
+            let failed = Err(Error::State("the loading thread failed"));
+            (machine, other.join().unwrap_or(failed))
+        });
+        let ((kvm, first, others), (template, done)) = (machine?, done?);
+        let ready = Self {
             first,
             others,
-            shared,
-            power,
-            kvm: vm,
-        })
+            template,
+            kvm,
+            memory,
+        };
+        Ok((ready, done))
     }
 
-    /// Start the threads of all vCPUs but the boot vCPU's, which wakes them.
+    /// Add devices, and start the threads of all vCPUs but the boot vCPU's, which wakes them.
     fn complete(
         self,
         config: &VmConfig,
-        (memory, devices): (GuestMemory, Devices),
-        template: &Arc<Template>,
+        host: &Host,
+        (opened, slots): (Vec<devices::Named>, &[MmioSlot]),
         boot: BootState,
     ) -> Result<Vm, Error> {
-        let shared = self.shared;
+        // In this order, because when this fails the last of them is dropped first, and memory must be the last to go.
+        let Self {
+            memory,
+            kvm,
+            template,
+            others,
+            first,
+        } = self;
+        let (shared, power) = platform(&kvm, config, host)?;
+        let place = Place {
+            slots,
+            bus: &shared.mmio,
+            memory: memory.memory(),
+            kvm: &kvm,
+        };
+        let devices = Devices::attach(opened, config.pci, &place)?;
         let go = Go {
             shared: Arc::clone(&shared),
             boot,
         };
         let mut vm = Vm {
-            boot: Some((self.first, go)),
-            threads: Vec::with_capacity(self.others.len() + 1),
+            boot: Some((first, go)),
+            threads: Vec::with_capacity(others.len() + 1),
             shared: Arc::clone(&shared),
-            power: self.power,
+            power,
             panic_is_warm: config.boot_source.command_line().contains(PANIC_WARM),
             halted_before: false,
             devices,
-            _kvm: self.kvm,
+            _kvm: kvm,
             memory,
         };
-        for (index, mut vcpu) in (1u32..).zip(self.others) {
-            let (template, shared) = (Arc::clone(template), Arc::clone(&shared));
+        for (index, mut vcpu) in (1u32..).zip(others) {
+            let (template, shared) = (Arc::clone(&template), Arc::clone(&shared));
             let body = move || {
                 let ready = set_up_vcpu(&vcpu, &template, index);
                 vcpu::enter(index, &mut vcpu, &shared, ready);
@@ -296,6 +368,27 @@ impl Machine {
         }
         Ok(vm)
     }
+}
+
+/// KVM's VM with its memory and its vCPUs.
+fn create_machine(
+    kvm: &Kvm,
+    wanted: &Wanted,
+    memory: &GuestMemory,
+    timeline: &Arc<Timeline>,
+    template: Receiver<Arc<Template>>,
+) -> Result<(Arc<husk_kvm::Vm>, BootProcessor, Vec<Vcpu>), Error> {
+    let (cpus, most) = (wanted.machine.vcpu_count, kvm.max_vcpus());
+    if cpus as usize > most {
+        return Err(Error::TooManyVcpus { cpus, most });
+    }
+    let vm = Arc::new(kvm.create_vm()?);
+    timeline.reach(Phase::VmCreated);
+    let (first, made) = BootProcessor::start(&vm, cpus, template, timeline)?;
+    register_memory(&vm, memory, timeline)?;
+    let failed = Err(Error::State("the boot vCPU's thread failed"));
+    let others = made.recv().unwrap_or(failed)?;
+    Ok((vm, first, others))
 }
 
 /// The boot vCPU's thread, which has set the processors up and waits to be told to go. Dropped instead, it ends.
@@ -380,10 +473,10 @@ fn create_processors(vm: &husk_kvm::Vm, cpus: u32) -> Result<(Vcpu, Vec<Vcpu>), 
 }
 
 /// What every vCPU's CPUID is made from.
-fn cpuid_template(kvm: &Kvm, config: &VmConfig) -> Result<Template, Error> {
+fn cpuid_template(kvm: &Kvm, wanted: &Wanted) -> Result<Template, Error> {
     let config = CpuidConfig {
         topology: CpuTopology {
-            cpus: config.machine_config.vcpu_count,
+            cpus: wanted.machine.vcpu_count,
             threads_per_core: 1,
         },
         tsc_deadline: kvm.has_tsc_deadline_timer(),
@@ -407,15 +500,20 @@ fn register_memory(
     Ok(())
 }
 
-/// Kernel, initrd and tables into memory.
+/// Kernel, initrd and tables into memory. The kernel is opened unless it is already.
 fn prepare_boot(
     config: &VmConfig,
+    kernel: Option<Kernel>,
     memory: &GuestMemory,
     host: &Host,
     slots: &[MmioSlot],
 ) -> Result<BootState, Error> {
     let cpus = config.machine_config.vcpu_count;
-    let boot = load(config, slots, memory, &host.cache)?;
+    let kernel = match kernel {
+        Some(kernel) => kernel,
+        None => Kernel::open(&config.boot_source.kernel_image_path, &host.cache)?,
+    };
+    let boot = load(config, &kernel, slots, memory, &host.cache)?;
     let acpi = AcpiConfig {
         cpus,
         virtio_mmio: slots,
@@ -428,7 +526,11 @@ fn prepare_boot(
 }
 
 /// The devices of every VM, on their buses.
-fn platform(vm: &husk_kvm::Vm, host: &Host) -> Result<(Arc<Shared>, Arc<PowerPorts>), Error> {
+fn platform(
+    vm: &husk_kvm::Vm,
+    config: &VmConfig,
+    host: &Host,
+) -> Result<(Arc<Shared>, Arc<PowerPorts>), Error> {
     let event = |gsi| -> Result<EventFd, Error> {
         let event = EventFd::new(EFD_CLOEXEC).map_err(|e| Error::Host("an eventfd", e))?;
         vm.register_irqfd(&event, gsi)?;
@@ -437,13 +539,21 @@ fn platform(vm: &husk_kvm::Vm, host: &Host) -> Result<(Arc<Shared>, Arc<PowerPor
     let lifecycle = Arc::new(Lifecycle::new(
         Arc::clone(&host.wake),
         Arc::clone(&host.timeline),
+        Arc::clone(&host.watch),
     ));
     let power = Arc::new(PowerPorts::new(
         event(layout::EVENTS_IRQ)?,
         lifecycle.clone(),
     ));
+    let stdout = host.console.output.clone();
+    let output = match &config.serial {
+        Some(serial) => {
+            (host.console.open)(serial, stdout).map_err(|(path, e)| Error::Serial(path, e))?
+        }
+        None => stdout,
+    };
     let output = FirstByte {
-        output: host.console.output.clone(),
+        output,
         seen: AtomicBool::new(false),
         timeline: Arc::clone(&host.timeline),
     };

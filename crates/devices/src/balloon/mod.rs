@@ -6,7 +6,7 @@ mod statistics;
 pub use statistics::Statistics;
 
 use discard::discard;
-use husk_config::{Balloon as Config, DeviceUpdate};
+use husk_config::{Balloon as Config, DeviceUpdate, Hinting};
 use husk_virtio::{
     ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, DeviceState, QueueError, VirtioDevice,
 };
@@ -71,6 +71,8 @@ pub struct Balloon {
     hint_command: u32,
     /// The guest is sending pages for this command.
     hint_from_guest: u32,
+    /// Let the guest use hinted pages again as soon as it has told all.
+    acknowledge: bool,
 }
 
 impl Balloon {
@@ -97,6 +99,7 @@ impl Balloon {
             interval_s: config.stats_polling_interval_s,
             hint_command: HINT_STOP,
             hint_from_guest: HINT_STOP,
+            acknowledge: false,
         };
         balloon.set_amount(config.amount_mib);
         Ok(balloon)
@@ -119,14 +122,18 @@ impl Balloon {
 
     /// Ask the guest for the pages that it does not use, and give them back to the host; false: let it use them again.
     pub fn hint(&mut self, start: bool) {
-        self.hint_command = match start {
+        let command = match start {
             true => self.hint_command.max(HINT_FIRST - 1).checked_add(1),
             false => Some(HINT_DONE),
         }
         .unwrap_or(HINT_FIRST);
-        self.config
-            .set(HINT_COMMAND, &self.hint_command.to_le_bytes());
+        self.set_hint_command(command);
         self.tell_driver();
+    }
+
+    fn set_hint_command(&mut self, command: u32) {
+        self.hint_command = command;
+        self.config.set(HINT_COMMAND, &command.to_le_bytes());
     }
 
     fn set_amount(&mut self, mib: u32) {
@@ -254,7 +261,12 @@ impl Balloon {
     fn take_hint(&mut self, queue: &ActiveQueue) -> Result<(), QueueError> {
         let mut number = [0; 4];
         if self.chain.read(queue.memory(), 0, &mut number)? == number.len() {
-            self.hint_from_guest = u32::from_le_bytes(number);
+            let before = std::mem::replace(&mut self.hint_from_guest, u32::from_le_bytes(number));
+            let all_told = self.hint_from_guest == HINT_STOP && before == self.hint_command;
+            if all_told && self.acknowledge && before >= HINT_FIRST {
+                self.set_hint_command(HINT_DONE);
+                queue.interrupt().config();
+            }
         }
         if self.hint_from_guest >= HINT_FIRST && self.hint_from_guest == self.hint_command {
             self.discard_writable(queue);
@@ -341,11 +353,26 @@ impl VirtioDevice for Balloon {
         let DeviceUpdate::Balloon {
             amount_mib,
             stats_polling_interval_s,
+            hinting,
         } = change
         else {
             let why = format!("the balloon does not take {change:?}");
             return Err(DeviceError::Unsupported(why));
         };
+        if hinting.is_some() && self.features & HINTING == 0 {
+            let why = "the balloon was made without free page hinting".into();
+            return Err(DeviceError::Unsupported(why));
+        }
+        match *hinting {
+            Some(Hinting::Start {
+                acknowledge_on_stop,
+            }) => {
+                self.acknowledge = acknowledge_on_stop;
+                self.hint(true);
+            }
+            Some(Hinting::Stop) => self.hint(false),
+            None => {}
+        }
         if let Some(mib) = amount_mib {
             self.set_amount(*mib);
         }
@@ -354,6 +381,24 @@ impl VirtioDevice for Balloon {
             self.arm();
         }
         Ok(())
+    }
+
+    /// `target_pages`, `actual_pages`, `target_mib`, `actual_mib`, the guest's statistics under `statistics`, and
+    /// `host_cmd` and `guest_cmd` of a search for free pages under `hinting`.
+    fn report(&self) -> serde_json::Value {
+        let (target, actual) = self.amounts_mib();
+        let statistics = self.statistics.iter();
+        serde_json::json!({
+            "target_pages": target * PAGES_PER_MIB,
+            "actual_pages": actual * PAGES_PER_MIB,
+            "target_mib": target,
+            "actual_mib": actual,
+            "statistics": statistics.collect::<std::collections::BTreeMap<_, _>>(),
+            "hinting": {
+                "host_cmd": self.hint_command,
+                "guest_cmd": Some(self.hint_from_guest).filter(|_| self.hint_command != HINT_STOP),
+            },
+        })
     }
 
     fn save(&self) -> DeviceState {

@@ -142,6 +142,7 @@ fn an_update_that_cannot_be_changes_nothing() {
     let wrong = DeviceUpdate::Balloon {
         amount_mib: None,
         stats_polling_interval_s: None,
+        hinting: None,
     };
     let answer = guest
         .transport

@@ -1,0 +1,352 @@
+//! What may be asked of the monitor, and what it answers.
+
+use crate::{
+    Balloon, BootSource, Drive, Entropy, Error, MachineConfig, NetworkInterface, RateLimiter,
+    Serial, VmConfig, Vsock,
+};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// What may be asked of the monitor. One state machine in `husk-vmm` answers all of them.
+#[derive(Clone, Debug, PartialEq)]
+pub enum VmmRequest {
+    /// Replace the configuration. Before boot only.
+    Configure(Box<VmConfig>),
+    /// Set one part of the configuration, or add it. Before boot only, but for drives and network interfaces: those are
+    /// plugged into a running VM.
+    Put(Box<Part>),
+    /// Change processors and memory. Before boot only.
+    PatchMachine(MachineConfigUpdate),
+    /// Tell something.
+    Get(Query),
+    /// Build the VM and let it run.
+    Boot,
+    /// Press the ACPI power button: the guest decides what to do.
+    PressPowerButton,
+    /// Press Ctrl-Alt-Del on the guest's keyboard, or, in a guest without one, the power button.
+    SendCtrlAltDel,
+    /// Let the guest stand still.
+    Pause,
+    /// Let it run again.
+    Resume,
+    /// Change a device, by its name, while the VM runs.
+    Update(String, DeviceUpdate),
+    /// Unplug a device, by its name, from a running VM; or take it out of the configuration before boot.
+    Detach(String),
+    /// Write the metrics now.
+    FlushMetrics,
+    /// Go on from a snapshot instead of booting.
+    LoadSnapshot,
+    /// End the VM now, whatever the guest is doing.
+    Stop,
+}
+
+/// A part of the configuration that is set at once.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Part {
+    /// What is booted.
+    BootSource(BootSource),
+    /// Processors and memory.
+    MachineConfig(MachineConfig),
+    /// A disk; it replaces the one of the same name.
+    Drive(Drive),
+    /// A network interface; it replaces the one of the same name.
+    NetworkInterface(NetworkInterface),
+    /// Sockets between host and guest.
+    Vsock(Vsock),
+    /// Memory that the guest gives back.
+    Balloon(Balloon),
+    /// A source of random bytes.
+    Entropy(Entropy),
+    /// Where the console's output goes.
+    Serial(Serial),
+}
+
+impl Part {
+    /// Set this part in `config`. Nothing is checked.
+    pub fn set(self, config: &mut VmConfig) {
+        match self {
+            Part::BootSource(part) => config.boot_source = part,
+            Part::MachineConfig(part) => config.machine_config = part,
+            Part::Drive(part) => {
+                let same = |other: &Drive| other.drive_id == part.drive_id;
+                put(&mut config.drives, part.clone(), same);
+            }
+            Part::NetworkInterface(part) => {
+                let same = |other: &NetworkInterface| other.iface_id == part.iface_id;
+                put(&mut config.network_interfaces, part.clone(), same);
+            }
+            Part::Vsock(part) => config.vsock = Some(part),
+            Part::Balloon(part) => config.balloon = Some(part),
+            Part::Entropy(part) => config.entropy = Some(part),
+            Part::Serial(part) => config.serial = Some(part),
+        }
+    }
+}
+
+fn put<T>(list: &mut Vec<T>, new: T, same: impl Fn(&T) -> bool) {
+    match list.iter_mut().find(|other| same(other)) {
+        Some(old) => *old = new,
+        None => list.push(new),
+    }
+}
+
+/// What can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Query {
+    /// The VM's name and state, and the monitor's version.
+    Info,
+    /// The version of the API, and the monitor's.
+    Version,
+    /// The whole configuration.
+    Config,
+    /// Processors and memory.
+    MachineConfig,
+    /// The balloon's configuration.
+    Balloon,
+    /// What the guest says of its memory.
+    BalloonStatistics,
+    /// How far the search for free pages has come.
+    BalloonHinting,
+    /// When each phase of the boot was reached.
+    BootTimeline,
+}
+
+/// What the monitor answers to a request that succeeded.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Answer {
+    /// It is done, and there is nothing to tell.
+    Done,
+    /// What was asked for.
+    Value(serde_json::Value),
+    /// The same, as plain text.
+    Text(String),
+}
+
+/// A change of processors and memory. What is absent stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfigUpdate {
+    /// 1 to [`crate::MAX_VCPUS`].
+    pub vcpu_count: Option<u32>,
+    /// At least [`crate::MIN_MEMORY_MIB`], in MiB.
+    pub mem_size_mib: Option<u64>,
+}
+
+impl MachineConfigUpdate {
+    /// Nothing is to change.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Change `config`. Nothing is checked.
+    pub fn apply(self, config: &mut MachineConfig) {
+        let Self {
+            vcpu_count,
+            mem_size_mib,
+        } = self;
+        set(&mut config.vcpu_count, vcpu_count);
+        set(&mut config.mem_size_mib, mem_size_mib);
+    }
+}
+
+fn set<T>(field: &mut T, new: Option<T>) {
+    if let Some(new) = new {
+        *field = new;
+    }
+}
+
+/// What may be changed of a device while the VM runs. Absent fields stay as they are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceUpdate {
+    /// A disk.
+    Disk {
+        /// Go on with this file or block device; the same path again reads its size anew.
+        path: Option<PathBuf>,
+        /// Limits, from now on.
+        rate_limiter: Option<RateLimiter>,
+    },
+    /// A network interface.
+    Network {
+        /// Limits on what the guest receives, from now on.
+        rx_rate_limiter: Option<RateLimiter>,
+        /// Limits on what the guest sends, from now on.
+        tx_rate_limiter: Option<RateLimiter>,
+        /// The cable is plugged in, or pulled out.
+        link_up: Option<bool>,
+    },
+    /// The entropy device.
+    Entropy {
+        /// Limits, from now on.
+        rate_limiter: RateLimiter,
+    },
+    /// The balloon.
+    Balloon {
+        /// Memory that the guest is to give back, in MiB.
+        amount_mib: Option<u32>,
+        /// How often the guest reports statistics, in seconds.
+        stats_polling_interval_s: Option<u16>,
+        /// Search for pages that the guest does not use, or end the search.
+        hinting: Option<Hinting>,
+    },
+}
+
+impl DeviceUpdate {
+    /// Note in `config` what changes with the device called `id`. An error changes nothing, and names what is wrong.
+    pub fn apply(&self, id: &str, config: &mut VmConfig) -> Result<(), Error> {
+        let missing = || Error::NoDevice(id.into());
+        match self {
+            DeviceUpdate::Disk { path, rate_limiter } => {
+                let mut drives = config.drives.iter_mut();
+                let drive = drives.find(|drive| drive.drive_id == id);
+                let drive = drive.ok_or_else(missing)?;
+                set(&mut drive.path_on_host, path.clone());
+                limit(&mut drive.rate_limiter, *rate_limiter);
+                drive.validate()
+            }
+            DeviceUpdate::Network {
+                rx_rate_limiter,
+                tx_rate_limiter,
+                ..
+            } => {
+                let mut interfaces = config.network_interfaces.iter_mut();
+                let interface = interfaces.find(|interface| interface.iface_id == id);
+                let interface = interface.ok_or_else(missing)?;
+                limit(&mut interface.rx_rate_limiter, *rx_rate_limiter);
+                limit(&mut interface.tx_rate_limiter, *tx_rate_limiter);
+                Ok(())
+            }
+            DeviceUpdate::Entropy { rate_limiter } => {
+                let entropy = config.entropy.as_mut().ok_or_else(missing)?;
+                limit(&mut entropy.rate_limiter, Some(*rate_limiter));
+                Ok(())
+            }
+            DeviceUpdate::Balloon {
+                amount_mib,
+                stats_polling_interval_s,
+                hinting,
+            } => {
+                let memory = config.machine_config.mem_size_mib;
+                let balloon = config.balloon.as_mut().ok_or_else(missing)?;
+                balloon.check_update(*stats_polling_interval_s, hinting.is_some())?;
+                set(&mut balloon.amount_mib, *amount_mib);
+                set(
+                    &mut balloon.stats_polling_interval_s,
+                    *stats_polling_interval_s,
+                );
+                balloon.validate(memory)
+            }
+        }
+    }
+}
+
+/// Absent buckets stay; one that limits nothing is taken out.
+fn limit(field: &mut Option<RateLimiter>, new: Option<RateLimiter>) {
+    let Some(new) = new else { return };
+    let mut limits = field.unwrap_or_default();
+    for (bucket, new) in [
+        (&mut limits.bandwidth, new.bandwidth),
+        (&mut limits.ops, new.ops),
+    ] {
+        if let Some(new) = new {
+            *bucket = Some(new).filter(|b| b.size != 0 && b.refill_time != 0);
+        }
+    }
+    *field = Some(limits).filter(|limits| *limits != RateLimiter::default());
+}
+
+/// What the search for pages that the guest does not use is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hinting {
+    /// Begin a search.
+    Start {
+        /// When the guest has told all, let it use the pages again at once; else only at [`Hinting::Stop`].
+        acknowledge_on_stop: bool,
+    },
+    /// Let the guest use the pages again.
+    Stop,
+}
+
+/// What has happened to a VM, for those who watch it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// The guest runs.
+    Booted,
+    /// The guest stands still.
+    Paused,
+    /// It runs again.
+    Resumed,
+    /// A driver has reset its device, or the device needs it to.
+    DeviceReset {
+        /// The device's name.
+        device: String,
+    },
+    /// The guest's kernel has said that it panicked.
+    Panicked,
+    /// The guest rebooted, and starts again in the same process.
+    Restarted,
+    /// The VM has ended.
+    Exited {
+        /// How, in words.
+        reason: String,
+        /// The exit status that the monitor's process is about to have.
+        status: u8,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::TokenBucket;
+
+    fn bucket(size: u64) -> Option<TokenBucket> {
+        Some(TokenBucket {
+            size,
+            one_time_burst: None,
+            refill_time: 100,
+        })
+    }
+
+    #[test]
+    fn a_part_replaces_what_has_its_name() {
+        let mut config = VmConfig::default();
+        for path in ["/a", "/b"] {
+            Part::Drive(Drive::new("rootfs", path)).set(&mut config);
+        }
+        Part::Drive(Drive::new("data", "/c")).set(&mut config);
+        let paths: Vec<_> = config.drives.iter().map(|d| &d.path_on_host).collect();
+        assert_eq!(paths, ["/b", "/c"].map(std::path::Path::new).each_ref());
+    }
+
+    #[test]
+    fn an_update_keeps_the_buckets_that_it_does_not_name() {
+        let mut config = VmConfig::default();
+        Part::Drive(Drive::new("d", "/a")).set(&mut config);
+        let mut update = |bandwidth, ops| {
+            let change = DeviceUpdate::Disk {
+                path: None,
+                rate_limiter: Some(RateLimiter { bandwidth, ops }),
+            };
+            change.apply("d", &mut config).unwrap();
+            config.drives[0].rate_limiter
+        };
+        let both = update(bucket(1), bucket(2)).unwrap();
+        assert_eq!((both.bandwidth, both.ops), (bucket(1), bucket(2)));
+        let ops = update(None, bucket(3)).unwrap();
+        assert_eq!((ops.bandwidth, ops.ops), (bucket(1), bucket(3)));
+        assert_eq!(update(bucket(0), None).unwrap().bandwidth, None);
+        assert_eq!(update(None, bucket(0)), None);
+    }
+
+    #[test]
+    fn an_update_of_nothing_is_refused_with_the_name() {
+        let change = DeviceUpdate::Disk {
+            path: None,
+            rate_limiter: None,
+        };
+        let error = change.apply("nosuch", &mut VmConfig::default());
+        assert!(error.unwrap_err().to_string().contains("nosuch"));
+    }
+}

@@ -1,0 +1,30 @@
+//! `husk serve`: a VM that is configured and steered over a socket.
+
+use crate::Failure;
+use crate::cli::ServeArgs;
+use crate::run::{ApiSocket, First, OnSignal, Options, Session, identity};
+use husk_config::VmConfig;
+use husk_loader::Cache;
+use std::time::Instant;
+
+/// Memory of a VM whose client does not say, in MiB. As Firecracker's.
+const MEMORY_MIB: u64 = 128;
+
+/// Serve until the VM has ended. The exit status, unless something failed.
+pub fn serve(arguments: &ServeArgs, start: Instant) -> Result<u8, Failure> {
+    let mut config = VmConfig {
+        pci: arguments.pci,
+        ..VmConfig::default()
+    };
+    config.machine_config.mem_size_mib = MEMORY_MIB;
+    let options = Options {
+        cache: Cache::from_environment(),
+        count_exits: false,
+        print_timeline: false,
+        start,
+        identity: identity("husk", &arguments.id),
+        api: Some(ApiSocket::bind(&arguments.api_sock, arguments.max_payload)?),
+        on_signal: OnSignal::PressPowerButton,
+    };
+    Session::go(options, First::Serve(Box::new(config)))
+}
