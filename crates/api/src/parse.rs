@@ -130,7 +130,15 @@ impl Request<'_> {
         match segments {
             ["actions"] => self.action(),
             ["boot-source"] => part(Part::BootSource(self.object()?)),
-            ["machine-config"] => part(Part::MachineConfig(self.object()?)),
+            ["machine-config"] => {
+                let deprecated = self.has("cpu_template");
+                let message = "PUT /machine-config: cpu_template field is deprecated.";
+                Ok(Parsed {
+                    deprecated: deprecated.then_some(message),
+                    ..part(Part::MachineConfig(self.object()?))?
+                })
+            }
+            ["cpu-config"] => part(Part::CpuConfig(self.object()?)),
             ["drives", id] => {
                 let drive: husk_config::Drive = self.object()?;
                 same_id(id, &drive.drive_id)?;
@@ -168,10 +176,15 @@ impl Request<'_> {
         match segments {
             ["machine-config"] => {
                 let change: husk_config::MachineConfigUpdate = self.object()?;
-                match change.is_empty() {
-                    true => Err(Refused::NoBody(self.method.into())),
-                    false => vmm(VmmRequest::PatchMachine(change)),
+                if change.is_empty() {
+                    return Err(Refused::NoBody(self.method.into()));
                 }
+                let deprecated = change.cpu_template.is_some();
+                let message = "PATCH /machine-config: cpu_template field is deprecated.";
+                Ok(Parsed {
+                    deprecated: deprecated.then_some(message),
+                    ..vmm(VmmRequest::PatchMachine(change))?
+                })
             }
             ["drives", id] => {
                 let change: DriveUpdate = self.object()?;
@@ -269,6 +282,12 @@ impl Request<'_> {
             [] => Err(Refused::NoBody(self.method.into())),
             _ => Err(Refused::EmptyId),
         }
+    }
+
+    /// The body is an object with this field.
+    fn has(&self, field: &str) -> bool {
+        let body: Result<Value, _> = serde_json::from_slice(self.body);
+        body.is_ok_and(|body| body.get(field).is_some())
     }
 
     /// The body. Only an object is taken: serde alone would take a list for a structure, by the order of its fields.

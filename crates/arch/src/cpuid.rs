@@ -3,6 +3,7 @@
 //!
 //! References are to the Intel SDM, volume 2A, CPUID, and the AMD APM, volume 3, appendix E.
 
+use husk_config::{CpuidModifier, CpuidRegister};
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use crate::layout;
@@ -21,9 +22,11 @@ pub struct CpuTopology {
 
 /// What the guest's CPUID depends on, beside what KVM supports.
 #[derive(Debug, Clone, Copy)]
-pub struct CpuidConfig {
+pub struct CpuidConfig<'a> {
     /// How the vCPUs are arranged.
     pub topology: CpuTopology,
+    /// Changes of what KVM supports, made first: topology and the like are set over them.
+    pub modifiers: &'a [CpuidModifier],
     /// Whether the local APIC timer has its TSC-deadline mode: `KVM_CAP_TSC_DEADLINE_TIMER`, which
     /// takes the in-kernel local APIC. `KVM_GET_SUPPORTED_CPUID` does not say it.
     pub tsc_deadline: bool,
@@ -54,6 +57,17 @@ pub enum Error {
     /// KVM's list lacks a leaf that every x86-64 processor has.
     #[error("KVM reports no CPUID leaf {0:#x}: use a host kernel whose KVM works")]
     MissingLeaf(u32),
+    /// A change of a leaf that KVM's list does not have.
+    #[error(
+        "cpu-config changes CPUID leaf {leaf:#x}, subleaf {subleaf:#x}, which this host's KVM does \
+         not have: leave it out, or use another host"
+    )]
+    NoSuchLeaf {
+        /// The leaf.
+        leaf: u32,
+        /// The subleaf.
+        subleaf: u32,
+    },
     /// More entries than KVM takes.
     #[error(
         "CPUID has {0} entries and KVM takes {MAX_ENTRIES}: report this with your host's model"
@@ -117,7 +131,10 @@ impl Template {
 /// # Errors
 /// The topology is impossible, a leaf that every processor has is missing in `supported`, or there
 /// are more than [`MAX_ENTRIES`] entries.
-pub fn prepare(supported: &[kvm_cpuid_entry2], config: &CpuidConfig) -> Result<Template, Error> {
+pub fn prepare(
+    supported: &[kvm_cpuid_entry2],
+    config: &CpuidConfig<'_>,
+) -> Result<Template, Error> {
     check(&config.topology)?;
     let too_many = |entries: usize| (entries > MAX_ENTRIES).then_some(entries);
     if let Some(entries) = too_many(supported.len()) {
@@ -126,6 +143,9 @@ pub fn prepare(supported: &[kvm_cpuid_entry2], config: &CpuidConfig) -> Result<T
     let shape = Shape::new(&config.topology);
     let mut leaves = Leaves(Vec::with_capacity(supported.len() + 8));
     leaves.0.extend_from_slice(supported);
+    for modifier in config.modifiers {
+        modify(&mut leaves, modifier)?;
+    }
 
     let vendor = Vendor::of(leaves.get(0).ok_or(Error::MissingLeaf(0))?);
     features(leaves.get_mut(1).ok_or(Error::MissingLeaf(1))?, config);
@@ -323,8 +343,25 @@ impl Leaves {
     }
 }
 
+fn modify(leaves: &mut Leaves, modifier: &CpuidModifier) -> Result<(), Error> {
+    let CpuidModifier { leaf, subleaf, .. } = *modifier;
+    let entry = leaves.subleaves(leaf).find(|entry| entry.index == subleaf);
+    let entry = entry.ok_or(Error::NoSuchLeaf { leaf, subleaf })?;
+    entry.flags = modifier.flags;
+    for change in &modifier.modifiers {
+        let register = match change.register {
+            CpuidRegister::Eax => &mut entry.eax,
+            CpuidRegister::Ebx => &mut entry.ebx,
+            CpuidRegister::Ecx => &mut entry.ecx,
+            CpuidRegister::Edx => &mut entry.edx,
+        };
+        *register = change.bitmap.apply(u64::from(*register)) as u32;
+    }
+    Ok(())
+}
+
 /// Leaf 1. KVM itself keeps OSXSAVE in step with CR4, and the APIC bit with the APIC base register.
-fn features(leaf: &mut kvm_cpuid_entry2, config: &CpuidConfig) {
+fn features(leaf: &mut kvm_cpuid_entry2, config: &CpuidConfig<'_>) {
     let logical = config.topology.cpus.next_power_of_two();
     let clflush = match leaf.ebx >> 8 & 0xff {
         0 => CLFLUSH_SIZE,

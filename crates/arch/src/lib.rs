@@ -5,6 +5,7 @@
 
 pub mod acpi;
 pub mod boot;
+pub mod cpu_templates;
 pub mod cpuid;
 pub mod layout;
 pub mod memory_map;

@@ -10,6 +10,9 @@ const MTRR_DEF_TYPE: u32 = 0x2ff;
 /// broken.
 const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 
+/// IA32_ARCH_CAPABILITIES: which of the processor's weaknesses need no care.
+pub const ARCH_CAPABILITIES: u32 = 0x10a;
+
 /// Index and value of each MSR of a new vCPU that differs from its reset value.
 pub fn boot_msrs() -> [(u32, u64); 2] {
     [

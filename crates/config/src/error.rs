@@ -35,6 +35,12 @@ pub enum Error {
     /// Too little memory.
     #[error("{0} MiB of memory is too little; --memory takes {MIN_MEMORY_MIB}M or more")]
     MemoryTooSmall(u64),
+    /// Cores of two threads that would not be full.
+    #[error("{0} vCPUs do not fill cores of two threads; with smt, vcpu_count is 1 or even")]
+    OddVcpus(u32),
+    /// Half a huge page.
+    #[error("{0} MiB of memory are no whole number of huge pages of 2 MiB; make mem_size_mib even")]
+    OddMemory(u64),
     /// Command line too long.
     #[error(
         "the kernel command line is {0} bytes long, Linux takes {MAX_BOOT_ARGS}; shorten --cmdline"

@@ -7,16 +7,23 @@
 //! nothing here has a second copy elsewhere: a device or a boot reads what it needs from [`VmConfig`].
 #![forbid(unsafe_code)]
 
+mod cpu;
 mod devices;
 mod error;
+mod machine;
 mod request;
 mod size;
 
+pub use cpu::{
+    Bitmap, CpuConfig, CpuTemplate, CpuidModifier, CpuidRegister, KvmCapability, MsrModifier,
+    OnlyOnAarch64, RegisterModifier,
+};
 pub use devices::{
     Balloon, CacheType, Drive, Entropy, Forward, IoEngine, MAX_QUEUES, NetworkInterface,
     RateLimiter, Serial, TokenBucket, UserNetwork, Vsock,
 };
 pub use error::Error;
+pub use machine::HugePages;
 pub use request::{
     Answer, DeviceUpdate, Event, Hinting, MachineConfigUpdate, Part, Query, VmmRequest,
 };
@@ -64,6 +71,9 @@ pub struct VmConfig {
     /// Processors and memory.
     #[serde(default, deserialize_with = "object")]
     pub machine_config: MachineConfig,
+    /// Changes of the processors that the guest sees; goes before a `cpu_template` of the machine's.
+    #[serde(default)]
+    pub cpu_config: Option<CpuConfig>,
     /// What a reboot by the guest does.
     #[serde(default, skip_serializing_if = "is_default")]
     pub on_reboot: OnReboot,
@@ -133,8 +143,20 @@ pub enum BootProtocol {
 pub struct MachineConfig {
     /// 1 to [`MAX_VCPUS`].
     pub vcpu_count: u32,
-    /// At least [`MIN_MEMORY_MIB`], in MiB.
+    /// At least [`MIN_MEMORY_MIB`], in MiB; even with huge pages of 2 MiB.
     pub mem_size_mib: u64,
+    /// Each core has two threads: `vcpu_count` is then 1 or even.
+    #[serde(default)]
+    pub smt: bool,
+    /// The processor that the guest sees.
+    #[serde(default, skip_serializing_if = "CpuTemplate::is_none")]
+    pub cpu_template: CpuTemplate,
+    /// KVM notes which pages of its memory the guest writes.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    /// The host's pages behind the guest's memory.
+    #[serde(default)]
+    pub huge_pages: HugePages,
 }
 
 impl Default for MachineConfig {
@@ -142,7 +164,32 @@ impl Default for MachineConfig {
         Self {
             vcpu_count: 1,
             mem_size_mib: 256,
+            smt: false,
+            cpu_template: CpuTemplate::None,
+            track_dirty_pages: false,
+            huge_pages: HugePages::None,
         }
+    }
+}
+
+impl MachineConfig {
+    /// Threads of each core. A single vCPU is a core of its own.
+    pub fn threads_per_core(&self) -> u32 {
+        if self.smt && self.vcpu_count > 1 {
+            2
+        } else {
+            1
+        }
+    }
+
+    fn validate_options(&self) -> Result<(), Error> {
+        if self.smt && self.vcpu_count > 1 && !self.vcpu_count.is_multiple_of(2) {
+            return Err(Error::OddVcpus(self.vcpu_count));
+        }
+        if self.huge_pages == HugePages::TwoMiB && !self.mem_size_mib.is_multiple_of(2) {
+            return Err(Error::OddMemory(self.mem_size_mib));
+        }
+        Ok(())
     }
 }
 
@@ -207,6 +254,7 @@ impl VmConfig {
         if mib < MIN_MEMORY_MIB {
             return Err(Error::MemoryTooSmall(mib));
         }
+        self.machine_config.validate_options()?;
         let args = self.boot_source.command_line();
         if args.len() > MAX_BOOT_ARGS {
             return Err(Error::BootArgsTooLong(args.len()));
@@ -310,9 +358,44 @@ mod tests {
         assert!(with(&|c| c.machine_config.vcpu_count = 0).contains("0 vCPUs"));
         assert!(with(&|c| c.machine_config.vcpu_count = 65).contains("1 to 64"));
         assert!(with(&|c| c.machine_config.mem_size_mib = 0).contains("0 MiB"));
+        let odd = with(&|c| (c.machine_config.smt, c.machine_config.vcpu_count) = (true, 3));
+        assert!(odd.contains("3 vCPUs") && odd.contains("even"), "{odd}");
+        let odd = with(&|c| {
+            c.machine_config.huge_pages = HugePages::TwoMiB;
+            c.machine_config.mem_size_mib = 33;
+        });
+        assert!(odd.contains("33 MiB") && odd.contains("even"), "{odd}");
         assert!(with(&|c| c.boot_source.boot_args = Some("x".repeat(2048))).contains("2048 bytes"));
         assert!(with(&|c| c.boot_source.boot_args = Some("a\0b".into())).contains("NUL"));
         assert!(with(&|c| c.boot_source.kernel_image_path = "".into()).contains("--kernel"));
+    }
+
+    #[test]
+    fn the_machines_options_have_firecrackers_names_and_are_written_back() {
+        let text = r#"{"vcpu_count":1,"mem_size_mib":128,"smt":true,"cpu_template":"T2CL",
+                       "track_dirty_pages":true,"huge_pages":"2M"}"#;
+        let machine: MachineConfig = serde_json::from_str(text).unwrap();
+        assert_eq!(machine.threads_per_core(), 1);
+        assert_eq!(machine.cpu_template, CpuTemplate::T2CL);
+        assert_eq!(machine.huge_pages, HugePages::TwoMiB);
+        assert_eq!(
+            serde_json::to_string(&machine).unwrap(),
+            text.replace(['\n', ' '], "")
+        );
+        let plain = serde_json::to_string(&MachineConfig::default()).unwrap();
+        let wanted = r#""smt":false,"track_dirty_pages":false,"huge_pages":"None"}"#;
+        assert!(plain.ends_with(wanted), "{plain}");
+        for wrong in [
+            r#""cpu_template":"V1N1""#,
+            r#""huge_pages":"1G""#,
+            r#""smt":1"#,
+        ] {
+            let text = format!(r#"{{"vcpu_count":1,"mem_size_mib":128,{wrong}}}"#);
+            assert!(
+                serde_json::from_str::<MachineConfig>(&text).is_err(),
+                "{text}"
+            );
+        }
     }
 
     #[test]
@@ -321,6 +404,7 @@ mod tests {
         config.machine_config = MachineConfig {
             vcpu_count: 64,
             mem_size_mib: 32,
+            ..MachineConfig::default()
         };
         config.boot_source.boot_args = Some("x".repeat(MAX_BOOT_ARGS));
         config.validate().unwrap();

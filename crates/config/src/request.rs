@@ -1,8 +1,8 @@
 //! What may be asked of the monitor, and what it answers.
 
 use crate::{
-    Balloon, BootSource, Drive, Entropy, Error, MachineConfig, NetworkInterface, RateLimiter,
-    Serial, VmConfig, Vsock,
+    Balloon, BootSource, CpuConfig, CpuTemplate, Drive, Entropy, Error, HugePages, MachineConfig,
+    NetworkInterface, RateLimiter, Serial, VmConfig, Vsock,
 };
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -48,6 +48,8 @@ pub enum Part {
     BootSource(BootSource),
     /// Processors and memory.
     MachineConfig(MachineConfig),
+    /// Changes of the processors that the guest sees.
+    CpuConfig(CpuConfig),
     /// A disk; it replaces the one of the same name.
     Drive(Drive),
     /// A network interface; it replaces the one of the same name.
@@ -68,6 +70,7 @@ impl Part {
         match self {
             Part::BootSource(part) => config.boot_source = part,
             Part::MachineConfig(part) => config.machine_config = part,
+            Part::CpuConfig(part) => config.cpu_config = Some(part),
             Part::Drive(part) => {
                 let same = |other: &Drive| other.drive_id == part.drive_id;
                 put(&mut config.drives, part.clone(), same);
@@ -131,6 +134,14 @@ pub struct MachineConfigUpdate {
     pub vcpu_count: Option<u32>,
     /// At least [`crate::MIN_MEMORY_MIB`], in MiB.
     pub mem_size_mib: Option<u64>,
+    /// Each core has two threads.
+    pub smt: Option<bool>,
+    /// The processor that the guest sees.
+    pub cpu_template: Option<CpuTemplate>,
+    /// KVM notes which pages of its memory the guest writes.
+    pub track_dirty_pages: Option<bool>,
+    /// The host's pages behind the guest's memory.
+    pub huge_pages: Option<HugePages>,
 }
 
 impl MachineConfigUpdate {
@@ -144,9 +155,17 @@ impl MachineConfigUpdate {
         let Self {
             vcpu_count,
             mem_size_mib,
+            smt,
+            cpu_template,
+            track_dirty_pages,
+            huge_pages,
         } = self;
         set(&mut config.vcpu_count, vcpu_count);
         set(&mut config.mem_size_mib, mem_size_mib);
+        set(&mut config.smt, smt);
+        set(&mut config.cpu_template, cpu_template);
+        set(&mut config.track_dirty_pages, track_dirty_pages);
+        set(&mut config.huge_pages, huge_pages);
     }
 }
 

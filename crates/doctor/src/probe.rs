@@ -130,7 +130,7 @@ fn speed(kvm: &Kvm) -> Result<u64, Error> {
     let vm = kvm.create_vm()?;
     // SAFETY: `memory` maps MEMORY bytes at `host`, is this guest's alone, and is declared before `vm` and `vcpu`, so it
     // is unmapped after both are dropped. Nothing here keeps a reference into it.
-    unsafe { vm.set_memory_slot(0, 0, MEMORY, host as u64) }?;
+    unsafe { vm.set_memory_slot(0, 0, MEMORY, host as u64, false) }?;
 
     let info = BootInfo {
         memory_size: MEMORY,

@@ -68,6 +68,11 @@ impl Kvm {
         self.fd.check_extension(Cap::TscDeadlineTimer)
     }
 
+    /// KVM has the capability of this number (`KVM_CAP_…`).
+    pub fn has_capability(&self, number: u32) -> bool {
+        self.fd.check_extension_raw(number.into()) > 0
+    }
+
     /// Most vCPUs of one VM.
     pub fn max_vcpus(&self) -> usize {
         self.fd.get_max_vcpus()

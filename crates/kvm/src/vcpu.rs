@@ -115,6 +115,25 @@ impl Vcpu {
         Ok(())
     }
 
+    /// The value of MSR `index`; None when this KVM does not have it.
+    pub fn msr(&self, index: u32) -> Result<Option<u64>, Error> {
+        let mut msrs = one_msr(index, 0, "KVM_GET_MSRS")?;
+        let done = self
+            .fd
+            .get_msrs(&mut msrs)
+            .map_err(|e| Error::Ioctl("KVM_GET_MSRS", e))?;
+        let value = msrs.as_slice().first().map(|entry| entry.data);
+        Ok(value.filter(|_| done == 1))
+    }
+
+    /// Set MSR `index`; false when KVM does not take the value.
+    pub fn set_msr(&self, index: u32, value: u64) -> Result<bool, Error> {
+        self.fd
+            .set_msrs(&one_msr(index, value, "KVM_SET_MSRS")?)
+            .map(|done| done == 1)
+            .map_err(|e| Error::Ioctl("KVM_SET_MSRS", e))
+    }
+
     /// The general registers.
     pub fn regs(&self) -> Result<kvm_regs, Error> {
         self.fd
@@ -170,6 +189,15 @@ impl Vcpu {
         let size = self.run_size;
         Ok(decode(self.fd.get_kvm_run(), size))
     }
+}
+
+fn one_msr(index: u32, data: u64, call: &'static str) -> Result<Msrs, Error> {
+    let entry = kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    Msrs::from_entries(&[entry]).map_err(|_| Error::Ioctl(call, libc_error(libc::E2BIG)))
 }
 
 fn libc_error(code: i32) -> vmm_sys_util::errno::Error {

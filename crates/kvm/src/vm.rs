@@ -1,8 +1,8 @@
 use crate::routes::Routes;
 use crate::{Error, Vcpu};
 use kvm_bindings::{
-    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, kvm_irqchip,
-    kvm_pit_config, kvm_userspace_memory_region,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY,
+    kvm_irqchip, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use std::sync::Mutex;
@@ -67,7 +67,8 @@ impl Vm {
         Ok(())
     }
 
-    /// Back `size` bytes of guest-physical memory at `address` with host memory at `host`. Sleeps in a grace period.
+    /// Back `size` bytes of guest-physical memory at `address` with host memory at `host`. With `track_dirty_pages` KVM notes
+    /// which pages of it the guest writes. Sleeps in a grace period.
     ///
     /// # Safety
     /// `host..host + size` must be a mapping that stays there, and is used for nothing but this guest's memory, until
@@ -78,10 +79,14 @@ impl Vm {
         address: u64,
         size: u64,
         host: u64,
+        track_dirty_pages: bool,
     ) -> Result<(), Error> {
         let region = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags: match track_dirty_pages {
+                true => KVM_MEM_LOG_DIRTY_PAGES,
+                false => 0,
+            },
             guest_phys_addr: address,
             memory_size: size,
             userspace_addr: host,
@@ -161,6 +166,20 @@ mod tests {
                 "not there any more"
             );
             vm.unregister_doorbell(0xd000_3000, value, &two).unwrap();
+        }
+    }
+
+    #[test]
+    fn written_pages_are_noted_only_where_it_is_asked() {
+        // Never given back: KVM may keep it for as long as it likes.
+        let host = Box::leak(vec![0u8; 3 << 12].into_boxed_slice()).as_mut_ptr() as u64;
+        let host = host.next_multiple_of(1 << 12);
+        for track in [false, true] {
+            let vm = Kvm::open().unwrap().create_vm().unwrap();
+            // SAFETY: the memory is there for ever, and nobody else's.
+            unsafe { vm.set_memory_slot(0, 0, 2 << 12, host, track) }.unwrap();
+            let log = vm.fd.get_dirty_log(0, 2 << 12);
+            assert_eq!(log.is_ok(), track, "{log:?}");
         }
     }
 }

@@ -119,6 +119,29 @@ pub enum Error {
     /// An answer cannot be put in words.
     #[error("the answer cannot be written as JSON: {0}")]
     Json(String),
+    /// A capability of KVM that `cpu-config` wants.
+    #[error(
+        "this host's KVM does not have capability {0}, which cpu-config wants; use another host, or leave it out"
+    )]
+    NoCapability(u32),
+    /// The host's processor is not the template's.
+    #[error(transparent)]
+    CpuTemplate(#[from] husk_arch::cpu_templates::Error),
+    /// An MSR that this host does not have.
+    #[error(
+        "cpu-config (or the CPU template) changes MSR {0:#x}, which this host's KVM does not have; leave it out, or use another host"
+    )]
+    NoMsr(u32),
+    /// A value that KVM refuses.
+    #[error(
+        "cpu-config (or the CPU template) sets MSR {index:#x} to {value:#x}, which this host's KVM refuses; change its bitmap"
+    )]
+    MsrValue {
+        /// The MSR.
+        index: u32,
+        /// What it was to be.
+        value: u64,
+    },
     /// The request does not fit the VM's state.
     #[error("{0}")]
     State(&'static str),
@@ -152,6 +175,7 @@ impl Error {
     /// Exit status 1: the host is in the way. Everything else is the user's to mend, exit status 2.
     pub fn is_host_trouble(&self) -> bool {
         match self {
+            Error::Cpuid(husk_arch::cpuid::Error::NoSuchLeaf { .. }) => false,
             Error::Kvm(_)
             | Error::Acpi(_)
             | Error::MpTable(_)
@@ -171,6 +195,10 @@ impl Error {
             | Error::MemoryTooLarge { .. }
             | Error::AddressBits { .. }
             | Error::TooManyVcpus { .. }
+            | Error::NoCapability(_)
+            | Error::CpuTemplate(_)
+            | Error::NoMsr(_)
+            | Error::MsrValue { .. }
             | Error::Device(..)
             | Error::NoDevice(_)
             | Error::TooManyDevices { .. }

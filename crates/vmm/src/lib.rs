@@ -9,6 +9,7 @@ mod error;
 mod lifecycle;
 mod load;
 mod memory;
+mod processor;
 mod standby;
 mod timeline;
 mod vcpu;
@@ -141,7 +142,7 @@ impl Vmm {
                 self.prepared.devices.interface(&interface, &self.config)?;
             }
             Part::Vsock(vsock) => self.prepared.devices.vsock(&vsock, &self.config)?,
-            Part::Balloon(_) | Part::Entropy(_) | Part::Serial(_) => {}
+            Part::CpuConfig(_) | Part::Balloon(_) | Part::Entropy(_) | Part::Serial(_) => {}
         }
         self.config = config;
         self.touched = true;

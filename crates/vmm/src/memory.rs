@@ -1,6 +1,7 @@
 //! Guest memory: one reservation of host address space, in which files stand where the guest finds their bytes.
 
 use husk_arch::memory_map::{Range, memory_ranges};
+use husk_config::HugePages;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -19,6 +20,23 @@ pub enum Error {
     /// The host gave no address space.
     #[error("the host cannot give {} MiB of address space for guest memory; use a smaller --memory", .0 >> 20)]
     Reserve(u64, #[source] rustix::io::Errno),
+    /// The host's pool of huge pages is too small.
+    #[error(
+        "the VM needs {needed} huge pages of 2 MiB and the host has {free} to spare; `echo {enough} > /proc/sys/vm/nr_hugepages` makes enough, while it has so much memory in one piece"
+    )]
+    HugePages {
+        /// What the VM takes.
+        needed: u64,
+        /// What is in the pool and promised to nobody.
+        free: u64,
+        /// Size of a pool that is large enough.
+        enough: u64,
+    },
+    /// The host has no huge pages.
+    #[error(
+        "the VM needs huge pages of 2 MiB, which this host's kernel does not have; use huge_pages None"
+    )]
+    NoHugePages,
     /// vm-memory refused the reservation.
     #[error("guest memory of {} MiB cannot be described; use another --memory", .0 >> 20)]
     Describe(u64),
@@ -47,15 +65,23 @@ pub enum Error {
 pub struct GuestMemory {
     memory: GuestMemoryMmap,
     slots: Vec<(Range, u64)>,
+    /// The pages are huge ones: files are copied.
+    copies: bool,
     // Last, so that everything above that points into it is gone before it.
     _reservation: Reservation,
 }
 
 impl GuestMemory {
-    /// Reserve `size` bytes (a multiple of the page size); none of them is touched.
-    pub fn new(size: u64) -> Result<Self, Error> {
+    /// Reserve `size` bytes (a multiple of the page size, of 2 MiB with [`HugePages::TwoMiB`]); none of them is touched.
+    pub fn new(size: u64, pages: HugePages) -> Result<Self, Error> {
         let (low, high) = memory_ranges(size).ok_or(Error::Describe(size))?;
-        let reservation = Reservation::new(size)?;
+        let reservation = match pages {
+            HugePages::TwoMiB => Reservation::of_huge_pages(size)?,
+            HugePages::None | HugePages::Transparent => Reservation::new(size)?,
+        };
+        if pages == HugePages::Transparent {
+            reservation.advise_huge_pages(size);
+        }
         let mut slots = vec![(low, reservation.aligned)];
         slots.extend(high.map(|high| (high, reservation.aligned + low.size)));
         let regions = slots
@@ -68,6 +94,7 @@ impl GuestMemory {
         Ok(Self {
             memory,
             slots,
+            copies: pages == HugePages::TwoMiB,
             _reservation: reservation,
         })
     }
@@ -103,7 +130,7 @@ impl GuestMemory {
 
     /// Let the guest find `size` bytes of `file` from `offset` at `address`. `file` must be that long.
     ///
-    /// Whole pages are mapped, privately: VMs that boot the same file share its pages in the host's page cache, and
+    /// Whole pages are mapped, privately, unless memory is made of huge pages: VMs that boot the same file share its pages in the host's page cache, and
     /// bytes that the guest never looks at are never read. What does not fill a page, or lies in the file at another
     /// place within its page than in memory, is copied.
     pub fn place_file(
@@ -120,7 +147,7 @@ impl GuestMemory {
         let end = address + size;
         let first_page = address.next_multiple_of(PAGE).min(end);
         let last_page = (end & !(PAGE - 1)).max(first_page);
-        if offset % PAGE != address % PAGE || first_page == last_page {
+        if self.copies || offset % PAGE != address % PAGE || first_page == last_page {
             return self.copy_file(file, offset, size, address);
         }
         let head = first_page - address;
@@ -246,6 +273,68 @@ impl Reservation {
             aligned,
         })
     }
+
+    /// Of pages of 2 MiB, which are set aside in the host's pool: touching them cannot fail later.
+    fn of_huge_pages(memory: u64) -> Result<Self, Error> {
+        let size = usize::try_from(memory).map_err(|_| Error::Describe(memory))?;
+        // SAFETY: as in `new`.
+        let start = unsafe {
+            mmap_anonymous(
+                null_mut(),
+                size,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB,
+            )
+        }
+        .map_err(|e| no_huge_pages(memory, e))? as u64;
+        Ok(Self {
+            start,
+            size,
+            aligned: start,
+        })
+    }
+
+    fn advise_huge_pages(&self, memory: u64) {
+        // SAFETY: the range is ours; the advice changes no contents.
+        let result = unsafe {
+            madvise(
+                self.aligned as *mut _,
+                memory as usize,
+                Advice::LinuxHugepage,
+            )
+        };
+        if let Err(e) = result {
+            log::warn!(
+                "the host's kernel has no transparent huge pages ({e}); memory is made of small ones"
+            );
+        }
+    }
+}
+
+/// Why the host gave no huge pages for `memory` bytes.
+fn no_huge_pages(memory: u64, error: rustix::io::Errno) -> Error {
+    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+    let read = |name: &str| -> Option<u64> {
+        let text = std::fs::read_to_string(format!("{POOL}/{name}")).ok()?;
+        text.trim().parse().ok()
+    };
+    let (Some(all), Some(free), Some(promised)) = (
+        read("nr_hugepages"),
+        read("free_hugepages"),
+        read("resv_hugepages"),
+    ) else {
+        return Error::NoHugePages;
+    };
+    let needed = memory.div_ceil(HUGE_PAGE);
+    let free = free.saturating_sub(promised);
+    match free < needed {
+        true => Error::HugePages {
+            needed,
+            free,
+            enough: all.saturating_add(needed - free),
+        },
+        false => Error::Reserve(memory, error),
+    }
 }
 
 impl Drop for Reservation {
@@ -294,7 +383,7 @@ mod tests {
             (5, 10, 0x10_0005),            // within a page
             (4090, 10, 0x10_0ffa),         // across two pages, none whole
         ] {
-            let memory = GuestMemory::new(32 << 20).unwrap();
+            let memory = GuestMemory::new(32 << 20, HugePages::None).unwrap();
             memory.place_file(&source, offset, size, address).unwrap();
             let expected = &bytes[offset as usize..(offset + size) as usize];
             assert_eq!(
@@ -311,17 +400,17 @@ mod tests {
     fn a_guests_writes_do_not_reach_the_file() {
         let bytes = pattern(8192);
         let source = file(&bytes);
-        let memory = GuestMemory::new(32 << 20).unwrap();
+        let memory = GuestMemory::new(32 << 20, HugePages::None).unwrap();
         memory.place_file(&source, 0, 8192, 0x10_0000).unwrap();
         memory.write(0x10_0000, &[0; 8192]).unwrap();
-        let other = GuestMemory::new(32 << 20).unwrap();
+        let other = GuestMemory::new(32 << 20, HugePages::None).unwrap();
         other.place_file(&source, 0, 8192, 0x10_0000).unwrap();
         assert_eq!(read(&other, 0x10_0000, 8192), bytes);
     }
 
     #[test]
     fn addresses_outside_memory_are_refused() {
-        let memory = GuestMemory::new(32 << 20).unwrap();
+        let memory = GuestMemory::new(32 << 20, HugePages::None).unwrap();
         let source = file(&pattern(8192));
         for address in [(32 << 20) - 4096, 32 << 20, 0xc000_0000, u64::MAX - 4095] {
             assert!(memory.place_file(&source, 0, 8192, address).is_err());
@@ -332,7 +421,7 @@ mod tests {
 
     #[test]
     fn a_file_shorter_than_promised_is_an_error() {
-        let memory = GuestMemory::new(32 << 20).unwrap();
+        let memory = GuestMemory::new(32 << 20, HugePages::None).unwrap();
         assert!(
             memory
                 .place_file(&file(&[1, 2, 3]), 0, 100, 0x10_0000)
@@ -343,7 +432,7 @@ mod tests {
     #[test]
     fn hundreds_of_gib_cost_nothing_until_they_are_touched() {
         let size = 512 << 30;
-        let memory = GuestMemory::new(size).unwrap();
+        let memory = GuestMemory::new(size, HugePages::None).unwrap();
         let top = 0x1_0000_0000 + size - 0xc000_0000;
         memory.write(top - 4096, &[7; 4096]).unwrap();
         assert_eq!(read(&memory, top - 1, 1), [7]);
@@ -352,7 +441,7 @@ mod tests {
 
     #[test]
     fn memory_above_the_hole_is_at_4_gib() {
-        let memory = GuestMemory::new(4 << 30).unwrap();
+        let memory = GuestMemory::new(4 << 30, HugePages::None).unwrap();
         memory.write(0x1_0000_0000, &[1]).unwrap();
         memory.write(0xbfff_ffff, &[1]).unwrap();
         assert!(memory.write(0xc000_0000, &[1]).is_err());
@@ -362,5 +451,32 @@ mod tests {
                 .iter()
                 .all(|(range, host)| range.start % HUGE_PAGE == host % HUGE_PAGE)
         );
+    }
+
+    #[test]
+    fn transparent_huge_pages_are_memory_like_any() {
+        let memory = GuestMemory::new(32 << 20, HugePages::Transparent).unwrap();
+        let bytes = pattern(3 * 4096 + 100);
+        memory
+            .place_file(&file(&bytes), 0, bytes.len() as u64, 0x10_0000)
+            .unwrap();
+        assert_eq!(read(&memory, 0x10_0000, bytes.len()), bytes);
+    }
+
+    #[test]
+    fn a_host_without_enough_huge_pages_gets_told_what_to_do() {
+        // 16 TiB: no pool has as much.
+        let error = GuestMemory::new(16 << 40, HugePages::TwoMiB).unwrap_err();
+        let said = error.to_string();
+        match error {
+            Error::HugePages { needed, enough, .. } => {
+                assert_eq!(needed, 8 << 20);
+                assert!(enough >= needed, "{said}");
+                let command = format!("echo {enough} > /proc/sys/vm/nr_hugepages");
+                assert!(said.contains(&command), "{said}");
+            }
+            Error::NoHugePages => assert!(said.contains("huge_pages None"), "{said}"),
+            other => panic!("{other:?}"),
+        }
     }
 }

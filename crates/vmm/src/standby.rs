@@ -5,13 +5,14 @@
 
 use crate::error::Error;
 use crate::vm::{Host, Ready};
-use husk_config::{MachineConfig, VmConfig};
+use husk_config::{CpuConfig, MachineConfig, VmConfig};
 use std::thread::JoinHandle;
 
 /// All of a configuration that KVM's VM, its memory and its vCPUs depend on.
 #[derive(Clone, PartialEq)]
 pub struct Wanted {
     pub machine: MachineConfig,
+    pub cpu_config: Option<CpuConfig>,
 }
 
 impl Wanted {
@@ -19,6 +20,7 @@ impl Wanted {
     pub fn of(config: &VmConfig) -> Self {
         Self {
             machine: config.machine_config.clone(),
+            cpu_config: config.cpu_config.clone(),
         }
     }
 }

@@ -6,13 +6,13 @@ use crate::error::Error;
 use crate::lifecycle::{Lifecycle, Outcome, Wake};
 use crate::load::load;
 use crate::memory::GuestMemory;
+use crate::processor::Processor;
 use crate::standby::Wanted;
 use crate::timeline::{Phase, Timeline};
 use crate::vcpu::{self, ExitCounts, HaltSearch, Shared, VcpuThread};
 use husk_arch::acpi::{self, AcpiConfig, MmioSlot};
 use husk_arch::boot::BootState;
-use husk_arch::cpuid::{self, CpuTopology, CpuidConfig, Template};
-use husk_arch::{layout, mptable, msrs};
+use husk_arch::{layout, mptable};
 use husk_bus::Bus;
 use husk_config::{DeviceUpdate, Event, MachineConfig, VmConfig};
 use husk_devices::i8042::I8042;
@@ -266,7 +266,7 @@ pub struct Ready {
     first: BootProcessor,
     /// All vCPUs but the boot vCPU, which is its thread's.
     others: Vec<Vcpu>,
-    template: Arc<Template>,
+    template: Arc<Processor>,
     kvm: Arc<husk_kvm::Vm>,
     pub memory: GuestMemory,
 }
@@ -284,7 +284,7 @@ impl Ready {
         meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error> + Send,
     ) -> Result<(Self, T), Error> {
         // Before KVM's descriptors, so that it is dropped after them.
-        let memory = GuestMemory::new(memory_size(&wanted.machine)?)?;
+        let memory = GuestMemory::new(memory_size(&wanted.machine)?, wanted.machine.huge_pages)?;
         let kvm = Kvm::open()?;
         let (cpuid, template) = channel();
         let (machine, done) = thread::scope(|scope| {
@@ -292,7 +292,7 @@ impl Ready {
             let other = scope.spawn(move || {
                 let done = meanwhile(memory)?;
                 // Second, because KVM_CREATE_VM takes ten times as long while this runs beside it.
-                let template = Arc::new(cpuid_template(kvm, wanted)?);
+                let template = Arc::new(Processor::new(kvm, wanted)?);
                 // When nobody listens, creating the machine has failed, and that is what the user hears of.
                 let _ = cpuid.send(Arc::clone(&template));
                 Ok((template, done))
@@ -303,6 +303,9 @@ impl Ready {
             (machine, other.join().unwrap_or(failed))
         });
         let ((kvm, first, others), (template, done)) = (machine?, done?);
+        if template.is_to_be_tried() {
+            first.wait_until_set_up()?;
+        }
         let ready = Self {
             first,
             others,
@@ -355,7 +358,7 @@ impl Ready {
         for (index, mut vcpu) in (1u32..).zip(others) {
             let (template, shared) = (Arc::clone(&template), Arc::clone(&shared));
             let body = move || {
-                let ready = set_up_vcpu(&vcpu, &template, index);
+                let ready = template.set_up(&vcpu, index);
                 vcpu::enter(index, &mut vcpu, &shared, ready);
             };
             match VcpuThread::start(index, body) {
@@ -376,7 +379,7 @@ fn create_machine(
     wanted: &Wanted,
     memory: &GuestMemory,
     timeline: &Arc<Timeline>,
-    template: Receiver<Arc<Template>>,
+    template: Receiver<Arc<Processor>>,
 ) -> Result<(Arc<husk_kvm::Vm>, BootProcessor, Vec<Vcpu>), Error> {
     let (cpus, most) = (wanted.machine.vcpu_count, kvm.max_vcpus());
     if cpus as usize > most {
@@ -385,7 +388,7 @@ fn create_machine(
     let vm = Arc::new(kvm.create_vm()?);
     timeline.reach(Phase::VmCreated);
     let (first, made) = BootProcessor::start(&vm, cpus, template, timeline)?;
-    register_memory(&vm, memory, timeline)?;
+    register_memory(&vm, wanted, memory, timeline)?;
     let failed = Err(Error::State("the boot vCPU's thread failed"));
     let others = made.recv().unwrap_or(failed)?;
     Ok((vm, first, others))
@@ -395,6 +398,8 @@ fn create_machine(
 struct BootProcessor {
     go: Option<Sender<Go>>,
     thread: Option<VcpuThread>,
+    /// Says how [`Processor::set_up`] went, if it is to be tried.
+    set_up: Receiver<Result<(), Error>>,
 }
 
 struct Go {
@@ -410,11 +415,12 @@ impl BootProcessor {
     fn start(
         vm: &Arc<husk_kvm::Vm>,
         cpus: u32,
-        template: Receiver<Arc<Template>>,
+        template: Receiver<Arc<Processor>>,
         timeline: &Arc<Timeline>,
     ) -> Result<(Self, Receiver<Others>), Error> {
         let (made, others) = channel();
         let (go, told) = channel::<Go>();
+        let (tried, set_up) = channel();
         let (vm, timeline) = (Arc::clone(vm), Arc::clone(timeline));
         let body = move || {
             let (sent, first) = match create_processors(&vm, cpus) {
@@ -427,8 +433,14 @@ impl BootProcessor {
             let (Some(mut vcpu), Ok(template)) = (first, template.recv()) else {
                 return;
             };
-            let ready = set_up_vcpu(&vcpu, &template, 0);
+            let ready = template.set_up(&vcpu, 0);
             timeline.reach(Phase::VcpusReady);
+            if template.is_to_be_tried() && ready.is_err() {
+                // It listens, or has failed itself.
+                let _ = tried.send(ready);
+                return;
+            }
+            drop(tried);
             if let Ok(Go { shared, boot }) = told.recv() {
                 let ready = ready.and_then(|()| set_entry(&vcpu, &boot));
                 vcpu::enter(0, &mut vcpu, &shared, ready);
@@ -438,8 +450,15 @@ impl BootProcessor {
         let first = Self {
             go: Some(go),
             thread: Some(thread),
+            set_up,
         };
         Ok((first, others))
+    }
+
+    /// Wait until the boot vCPU is set up; how that went.
+    fn wait_until_set_up(&self) -> Result<(), Error> {
+        // Nothing comes when all is well.
+        self.set_up.recv().unwrap_or(Ok(()))
     }
 
     fn go(mut self, go: Go) -> Option<VcpuThread> {
@@ -472,29 +491,17 @@ fn create_processors(vm: &husk_kvm::Vm, cpus: u32) -> Result<(Vcpu, Vec<Vcpu>), 
     Ok((first, others))
 }
 
-/// What every vCPU's CPUID is made from.
-fn cpuid_template(kvm: &Kvm, wanted: &Wanted) -> Result<Template, Error> {
-    let config = CpuidConfig {
-        topology: CpuTopology {
-            cpus: wanted.machine.vcpu_count,
-            threads_per_core: 1,
-        },
-        tsc_deadline: kvm.has_tsc_deadline_timer(),
-        tsc_khz: None,
-        pmu: false,
-    };
-    Ok(cpuid::prepare(&kvm.supported_cpuid()?, &config)?)
-}
-
 fn register_memory(
     vm: &husk_kvm::Vm,
+    wanted: &Wanted,
     memory: &GuestMemory,
     timeline: &Timeline,
 ) -> Result<(), Error> {
+    let track = wanted.machine.track_dirty_pages;
     for (slot, (range, host)) in (0u32..).zip(memory.slots()) {
         // SAFETY: the addresses are GuestMemory's own mapping. `Vm` drops all of KVM's descriptors before it, and so
         // does `Vm::build` when it fails, because it makes the memory first.
-        unsafe { vm.set_memory_slot(slot, range.start, range.size, *host)? };
+        unsafe { vm.set_memory_slot(slot, range.start, range.size, *host, track)? };
     }
     timeline.reach(Phase::MemoryReady);
     Ok(())
@@ -604,13 +611,6 @@ impl Output for FirstByte {
         }
         self.output.write(bytes);
     }
-}
-
-/// What every vCPU needs. Runs on the vCPU's own thread.
-fn set_up_vcpu(vcpu: &Vcpu, template: &Template, index: u32) -> Result<(), Error> {
-    vcpu.set_cpuid(&template.for_cpu(index)?)?;
-    vcpu.set_msrs(&msrs::boot_msrs())?;
-    Ok(())
 }
 
 /// Where the boot vCPU starts.

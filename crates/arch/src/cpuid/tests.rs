@@ -88,13 +88,14 @@ fn amd(name: &[u8; 12]) -> Vec<kvm_cpuid_entry2> {
     leaves
 }
 
-fn config(cpus: u32, threads_per_core: u32) -> CpuidConfig {
+fn config(cpus: u32, threads_per_core: u32) -> CpuidConfig<'static> {
     let topology = CpuTopology {
         cpus,
         threads_per_core,
     };
     CpuidConfig {
         topology,
+        modifiers: &[],
         tsc_deadline: true,
         tsc_khz: None,
         pmu: false,
@@ -347,4 +348,46 @@ fn what_cannot_be_is_refused() {
     // What is added counts too.
     let error = refused(&full(256), config(1, 1));
     assert!(matches!(error, Error::TooManyEntries(257..)), "{error:?}");
+}
+
+#[test]
+fn cpu_config_changes_what_kvm_supports_and_not_the_topology() {
+    let modifiers: Vec<CpuidModifier> = serde_json::from_str(
+        r#"[{"leaf": "0x80000001", "subleaf": "0x0", "flags": 0,
+             "modifiers": [{"register": "ecx", "bitmap": "0b1xxxx0"}, {"register": "edx", "bitmap": "0b1"}]},
+            {"leaf": "0x1", "subleaf": "0x0", "flags": 0,
+             "modifiers": [{"register": "ebx", "bitmap": "0b11111111xxxxxxxxxxxxxxxxxxxxxxxx"}]}]"#,
+    )
+    .unwrap();
+    let config = CpuidConfig {
+        modifiers: &modifiers,
+        ..config(4, 1)
+    };
+    let guest = guest(&intel(), &config, 2);
+    // 0x121, with bit 5 set and bit 0 clear.
+    assert_eq!(guest.read(0x8000_0001, 0), [0, 0, 0x120, 1]);
+    assert_eq!(
+        guest.read(1, 0)[1] >> 24,
+        2,
+        "the APIC id is the vCPU's own"
+    );
+}
+
+#[test]
+fn a_change_of_a_leaf_that_kvm_lacks_is_refused_by_name() {
+    for (leaf, subleaf) in [(0x8000_0007, 0), (0xb, 7)] {
+        let modifiers = [CpuidModifier {
+            leaf,
+            subleaf,
+            flags: 0,
+            modifiers: Vec::new(),
+        }];
+        let config = CpuidConfig {
+            modifiers: &modifiers,
+            ..config(1, 1)
+        };
+        let error = prepare(&intel(), &config).unwrap_err();
+        assert_eq!(error, Error::NoSuchLeaf { leaf, subleaf });
+        assert!(error.to_string().contains(&format!("{leaf:#x}")), "{error}");
+    }
 }
