@@ -5,6 +5,8 @@
 mod common;
 #[path = "smoke/errors.rs"]
 mod errors;
+#[path = "smoke/machine.rs"]
+mod machine;
 #[path = "smoke/settings.rs"]
 mod settings;
 

@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub mod guest;
+pub mod machine;
 
 use std::ffi::OsString;
 use std::io::{Read, Write};

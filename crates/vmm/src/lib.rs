@@ -9,6 +9,7 @@ mod error;
 mod lifecycle;
 mod load;
 mod memory;
+mod pause;
 mod processor;
 mod standby;
 mod timeline;
@@ -55,6 +56,8 @@ enum State {
     /// Complete, and its guest has not run yet.
     Built(Box<Vm>),
     Running(Box<Vm>),
+    /// Its vCPUs stay out of the guest. I/O that the guest has asked for goes on.
+    Paused(Box<Vm>),
 }
 
 impl Vmm {
@@ -107,16 +110,36 @@ impl Vmm {
                 self.build()?;
                 self.start()?;
             }
-            (State::Running(vm), VmmRequest::PressPowerButton) => vm.press_power_button(),
-            (State::Running(vm), VmmRequest::Update(id, change)) => {
+            (State::Running(vm) | State::Paused(vm), VmmRequest::PressPowerButton) => {
+                vm.press_power_button();
+            }
+            (State::Running(vm) | State::Paused(vm), VmmRequest::Update(id, change)) => {
                 let mut config = self.config.clone();
                 change.apply(&id, &mut config)?;
                 vm.update_device(&id, change)?;
                 self.config = config;
             }
-            (State::Running(vm), VmmRequest::Stop) => vm.end(Outcome::Stopped),
+            (State::Running(vm) | State::Paused(vm), VmmRequest::Stop) => vm.end(Outcome::Stopped),
+            (State::Running(vm), VmmRequest::Pause) => {
+                vm.pause()?;
+                self.exchange(|state| match state {
+                    State::Running(vm) => State::Paused(vm),
+                    other => other,
+                });
+                (self.host.watch)(Event::Paused);
+            }
+            (State::Paused(vm), VmmRequest::Resume) => {
+                vm.resume();
+                self.exchange(|state| match state {
+                    State::Paused(vm) => State::Running(vm),
+                    other => other,
+                });
+                (self.host.watch)(Event::Resumed);
+            }
+            // As it is already.
+            (State::Paused(_), VmmRequest::Pause) | (State::Running(_), VmmRequest::Resume) => {}
             (State::Configuring | State::Built(_), _) => return Err(Error::BeforeBoot),
-            (State::Running(_), _) => return Err(Error::AfterBoot),
+            (State::Running(_) | State::Paused(_), _) => return Err(Error::AfterBoot),
         }
         Ok(Answer::Done)
     }
@@ -150,6 +173,10 @@ impl Vmm {
             self.stand_by();
         }
         Ok(())
+    }
+
+    fn exchange(&mut self, change: impl FnOnce(State) -> State) {
+        self.state = change(std::mem::replace(&mut self.state, State::Configuring));
     }
 
     /// The first half of [`VmmRequest::Boot`]: all that may take long or fail.
@@ -198,26 +225,31 @@ impl Vmm {
         &self.config
     }
 
-    /// A VM is there, and its guest runs or has run.
+    /// A VM is there, and its guest runs, is paused, or has run.
     pub fn is_booted(&self) -> bool {
-        matches!(self.state, State::Running(_))
+        matches!(self.state, State::Running(_) | State::Paused(_))
+    }
+
+    /// The guest is paused.
+    pub fn is_paused(&self) -> bool {
+        matches!(&self.state, State::Paused(_))
     }
 
     /// How the VM ended; None while it runs or before it was booted.
     pub fn outcome(&self) -> Option<Outcome> {
         match &self.state {
             State::Configuring | State::Built(_) => None,
-            State::Running(vm) => vm.outcome(),
+            State::Running(vm) | State::Paused(vm) => vm.outcome(),
         }
     }
 
     /// The guest's kernel has said that it panicked; it may still run.
     pub fn has_panicked(&self) -> bool {
-        matches!(&self.state, State::Running(vm) if vm.has_panicked())
+        matches!(&self.state, State::Running(vm) | State::Paused(vm) if vm.has_panicked())
     }
 
     /// The power button was pressed and the guest has not looked. A press that comes before the guest's driver is there
-    /// is lost, so press again while this is true.
+    /// is lost, so press again while this is true. A guest that is paused cannot look.
     pub fn is_press_pending(&self) -> bool {
         matches!(&self.state, State::Running(vm) if vm.is_press_pending())
     }
@@ -226,14 +258,15 @@ impl Vmm {
     /// another call soon will tell.
     pub fn look_for_halt(&mut self) -> bool {
         match &mut self.state {
-            State::Configuring | State::Built(_) => false,
+            // One that is paused has not halted.
+            State::Configuring | State::Built(_) | State::Paused(_) => false,
             State::Running(vm) => vm.look_for_halt(),
         }
     }
 
     /// The VM ends as one whose kernel has panicked.
     pub fn give_up_after_panic(&self) {
-        if let State::Running(vm) = &self.state {
+        if let State::Running(vm) | State::Paused(vm) = &self.state {
             vm.end(Outcome::Panic);
         }
     }
@@ -242,7 +275,7 @@ impl Vmm {
     pub fn take_down(&mut self) -> Option<(Outcome, Option<ExitCounts>)> {
         match std::mem::replace(&mut self.state, State::Configuring) {
             State::Configuring => None,
-            State::Built(vm) | State::Running(vm) => Some(vm.stop()),
+            State::Built(vm) | State::Running(vm) | State::Paused(vm) => Some(vm.stop()),
         }
     }
 }

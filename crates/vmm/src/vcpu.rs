@@ -1,6 +1,7 @@
 //! A vCPU's thread: into the guest, out to a device, and back.
 
 use crate::lifecycle::{Lifecycle, Outcome};
+use crate::pause::Pause;
 use crate::timeline::{Phase, Timeline};
 use husk_bus::Bus;
 use husk_devices::{GuestEvent, GuestEvents};
@@ -26,6 +27,8 @@ pub struct Shared {
     pub exits: Option<Mutex<ExitCounts>>,
     /// The search for a guest that has halted for good.
     pub halts: HaltSearch,
+    /// Keeps the vCPUs out of the guest.
+    pub pause: Pause,
 }
 
 /// Rounds in which each vCPU is asked whether it has halted for good.
@@ -128,6 +131,11 @@ fn run(index: u32, vcpu: &mut Vcpu, shared: &Shared) {
     let mut first = index == 0;
     let mut asked = 0;
     while !shared.lifecycle.has_ended() {
+        if shared.pause.is_wanted() {
+            shared.pause.park(|| shared.lifecycle.has_ended());
+            vcpu.notify_of_pause();
+            continue;
+        }
         let end = match vcpu.run() {
             Ok(exit) => {
                 if first && !matches!(exit, Exit::Interrupted) {

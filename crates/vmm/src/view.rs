@@ -39,6 +39,7 @@ impl Vmm {
         match self.state {
             State::Configuring | State::Built(_) => "Not started",
             State::Running(_) => "Running",
+            State::Paused(_) => "Paused",
         }
     }
 
@@ -49,7 +50,7 @@ impl Vmm {
 
     fn balloon_report(&self) -> Result<Value, Error> {
         match &self.state {
-            State::Running(vm) => vm.report(BALLOON),
+            State::Running(vm) | State::Paused(vm) => vm.report(BALLOON),
             State::Configuring | State::Built(_) => Err(Error::BeforeBoot),
         }
     }

@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::lifecycle::{Lifecycle, Outcome, Wake};
 use crate::load::load;
 use crate::memory::GuestMemory;
+use crate::pause::Pause;
 use crate::processor::Processor;
 use crate::standby::Wanted;
 use crate::timeline::{Phase, Timeline};
@@ -26,6 +27,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 /// Where the guest's console leads. It outlives a VM: a restarted guest goes on with the same one.
@@ -37,6 +39,17 @@ pub struct Console {
     pub wire: Arc<Wire>,
     /// Finds what takes the guest's output as a configuration wants it.
     pub open: OpenOutput,
+}
+
+impl Console {
+    /// Output and input of the guest, whatever a configuration says of files.
+    pub fn new(output: Arc<dyn Output>, wire: Arc<Wire>) -> Self {
+        Self {
+            output,
+            wire,
+            open: Arc::new(|_, output| Ok(output)),
+        }
+    }
 }
 
 /// Finds where a console's output goes, given where it goes otherwise. An error comes with its path.
@@ -80,6 +93,26 @@ pub struct Host {
     pub watch: Watch,
 }
 
+impl Host {
+    /// A monitor that nobody watches, whose guests have this console.
+    pub fn new(console: Console, cache: Cache, timeline: Arc<Timeline>, wake: Wake) -> Self {
+        Self {
+            identity: Identity {
+                id: "anonymous-instance".into(),
+                name: "Husk",
+                version: env!("CARGO_PKG_VERSION"),
+                api_version: "",
+            },
+            console,
+            cache,
+            count_exits: false,
+            timeline,
+            wake,
+            watch: Arc::new(|_| ()),
+        }
+    }
+}
+
 /// Hears what happens to the VM.
 pub type Watch = Arc<dyn Fn(Event) + Send + Sync>;
 
@@ -102,6 +135,9 @@ const RESET_FLAG: u64 = 0x472;
 const RESET_FLAG_WARM: u16 = 0x1234;
 /// The kernel parameter that makes a panic, and only a panic, restart warm.
 const PANIC_WARM: &str = "reboot=panic_warm";
+
+/// How long a pause waits for the vCPUs. Each leaves the guest at once, unless it waits for room for its console output.
+const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 
 impl Vm {
     /// Build a VM, complete up to the boot vCPU's first instruction.
@@ -197,14 +233,36 @@ impl Vm {
         self.devices.update(id, change)
     }
 
+    /// Take all vCPUs out of the guest, where they stay. On an error the guest runs on.
+    pub fn pause(&self) -> Result<(), Error> {
+        let (shared, threads) = (&self.shared, &self.threads);
+        let kick = || threads.iter().for_each(VcpuThread::kick);
+        let has_ended = || shared.lifecycle.has_ended();
+        let all = threads.len() as u32;
+        if shared.pause.stop_all(all, PAUSE_LIMIT, kick, has_ended) {
+            return Ok(());
+        }
+        Err(Error::State(match has_ended() {
+            true => "the VM has ended",
+            false => "the guest could not be paused in time: does anybody read its console?",
+        }))
+    }
+
+    /// Let the guest go on after a pause.
+    pub fn resume(&mut self) {
+        self.halted_before = false;
+        self.shared.pause.go_on();
+    }
+
     /// End the VM with `outcome` unless it has ended already.
     pub fn end(&self, outcome: Outcome) {
         self.shared.lifecycle.end(outcome);
+        self.shared.pause.look_again();
     }
 
     /// End the VM if it has not ended, wait until its vCPUs are out of the guest, and give everything back to the host.
     pub fn stop(mut self) -> (Outcome, Option<ExitCounts>) {
-        self.shared.lifecycle.end(Outcome::Stopped);
+        self.end(Outcome::Stopped);
         drop(self.boot.take());
         for thread in self.threads.drain(..) {
             thread.stop();
@@ -593,6 +651,7 @@ fn platform(
         timeline: Arc::clone(&host.timeline),
         exits: host.count_exits.then(Mutex::default),
         halts: HaltSearch::default(),
+        pause: Pause::default(),
     };
     Ok((Arc::new(shared), power))
 }
