@@ -58,6 +58,9 @@ pub enum Error {
     /// There is no such device.
     #[error("there is no device called {0}")]
     NoDevice(String),
+    /// The metadata service cannot be as it is configured.
+    #[error("the metadata service (mmds-config) {0}")]
+    Mmds(String),
     /// Not a size.
     #[error("{0:?} is not a memory size; write for example 512M or 2G (a bare number is MiB)")]
     Size(String),

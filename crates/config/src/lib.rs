@@ -11,6 +11,7 @@ mod cpu;
 mod devices;
 mod error;
 mod machine;
+mod mmds;
 mod request;
 mod size;
 
@@ -24,6 +25,7 @@ pub use devices::{
 };
 pub use error::Error;
 pub use machine::HugePages;
+pub use mmds::{MmdsConfig, MmdsVersion};
 pub use request::{
     Answer, DeviceUpdate, Event, Hinting, MachineConfigUpdate, Part, Query, VmmRequest,
 };
@@ -95,6 +97,9 @@ pub struct VmConfig {
     /// Where the console's output goes, when not to stdout.
     #[serde(default)]
     pub serial: Option<Serial>,
+    /// The metadata service.
+    #[serde(default)]
+    pub mmds_config: Option<MmdsConfig>,
     /// Devices are on PCI instead of MMIO.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pci: bool,
@@ -286,6 +291,10 @@ impl VmConfig {
         if let Some(second) = self.drives.iter().filter(|d| d.is_root_device).nth(1) {
             let why = "is a second root device: mark one only";
             return Err(Error::Device(second.drive_id.clone(), why.into()));
+        }
+        if let Some(mmds) = &self.mmds_config {
+            let interfaces = self.network_interfaces.iter();
+            mmds.validate(interfaces.map(|interface| interface.iface_id.as_str()))?;
         }
         self.vsock.iter().try_for_each(Vsock::validate)?;
         let memory = self.machine_config.mem_size_mib;
