@@ -102,6 +102,9 @@ pub enum Error {
         /// EACCES.
         source: io::Error,
     },
+    /// timerfd_create.
+    #[error("no timer for the metadata service: raise the limit of open files (ulimit -n)")]
+    MmdsTimer(#[source] io::Error),
     /// A limiter cannot be made.
     #[error("the network interface cannot be limited")]
     Limiter(#[from] crate::rate_limiter::Error),

@@ -9,6 +9,7 @@ mod control;
 mod error;
 mod features;
 mod io;
+mod mmds;
 mod passt;
 mod rx;
 mod tap;
@@ -23,10 +24,12 @@ use backend::{Backend, Event};
 use features::{CTRL_VQ, MAC, MQ, MRG_RXBUF, MTU, STATUS};
 use husk_bus::Interrupt;
 use husk_config::{DeviceUpdate, NetworkInterface};
+use husk_mmds::Stack;
 use husk_virtio::{
     ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, DeviceState, F_RING_RESET,
     VirtioDevice,
 };
+use mmds::Detour;
 use passt::Passt;
 use rx::Rx;
 use std::os::fd::RawFd;
@@ -130,18 +133,27 @@ impl Net {
     /// dropped. With a tap, the guest is offered all that the host's kernel can do for it; with `passt`, to trust checksums,
     /// and an MTU of 65520 unless `config` says less.
     pub fn new(config: &NetworkInterface) -> Result<Self, Error> {
+        Self::with_backend(config, Self::open(config)?)
+    }
+
+    /// As [`Net::new`], with the metadata service on the same cable. Its link is up even when the backend has failed.
+    pub fn with_mmds(config: &NetworkInterface, stack: Stack) -> Result<Self, Error> {
+        let detour = Detour::new(&config.iface_id, Self::open(config)?, stack)?;
+        Self::with_backend(config, Box::new(detour))
+    }
+
+    fn open(config: &NetworkInterface) -> Result<Box<dyn Backend>, Error> {
         if !(1..=MOST_PAIRS).contains(&config.queues) {
             return Err(Error::Pairs(config.queues));
         }
-        let backend: Box<dyn Backend> = match (&config.user, config.tap_fd) {
+        Ok(match (&config.user, config.tap_fd) {
             (Some(user), _) => Box::new(Passt::start(config, user)?),
             (None, Some(number)) if config.queues > 1 => {
                 return Err(Error::DescriptorQueues(number));
             }
             (None, Some(number)) => Box::new(Tap::adopt(number)?),
             (None, None) => Box::new(Tap::open(&config.host_dev_name, config.queues)?),
-        };
-        Self::with_backend(config, backend)
+        })
     }
 
     fn with_backend(config: &NetworkInterface, backend: Box<dyn Backend>) -> Result<Self, Error> {

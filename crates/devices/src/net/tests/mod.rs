@@ -1,5 +1,6 @@
 //! The device with a socket that behaves like a tap: most of what it does. Real backends have files of their own.
 
+mod mmds;
 mod passt;
 mod pipe;
 mod queues;
