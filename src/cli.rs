@@ -68,6 +68,10 @@ pub struct ServeArgs {
     /// Largest body of a request, in bytes
     #[arg(long, value_name = "BYTES", default_value_t = husk_api::MAX_BODY)]
     pub max_payload: usize,
+
+    /// Most bytes of metadata for the guest [default: as --max-payload]
+    #[arg(long, value_name = "BYTES")]
+    pub mmds_size_limit: Option<usize>,
 }
 
 /// As Firecracker checks it.
@@ -159,6 +163,15 @@ pub struct RunArgs {
     /// Memory that the guest gives back: MIB[,oom][,stats=SECONDS][,hinting][,reporting]
     #[arg(long, value_name = "BALLOON", value_parser = crate::devices::balloon, help_heading = "Devices")]
     pub balloon: Option<husk_config::Balloon>,
+
+    /// Metadata for the guest, a file with JSON: it fetches them from http://169.254.169.254 through the interfaces that
+    /// mmds-config in --config names, else through the first one
+    #[arg(long, value_name = "FILE", help_heading = "Devices")]
+    pub metadata: Option<PathBuf>,
+
+    /// Most bytes of metadata [default: 51200]
+    #[arg(long, value_name = "BYTES", help_heading = "Devices")]
+    pub mmds_size_limit: Option<usize>,
 
     /// Put the devices on PCI instead of MMIO
     #[arg(long, help_heading = "Devices")]

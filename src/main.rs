@@ -5,6 +5,7 @@ mod cli;
 mod devices;
 mod guest;
 mod logging;
+mod metadata;
 mod run;
 mod serial;
 mod serve;

@@ -1,10 +1,11 @@
 //! `husk run`: from flags to a VM, and the main thread's loop while it lives.
 
 use crate::cli::RunArgs;
-use crate::{Failure, devices, guest};
+use crate::{Failure, devices, guest, metadata};
 use husk_config::{Answer, OnReboot, VmConfig, VmmRequest, default_boot_args, parse_mib};
 use husk_console::{ConsoleEvent, Input, Output, Terminal};
 use husk_loader::Cache;
+use husk_mmds::Mmds;
 use husk_vmm::{Console, ExitCounts, Host, Identity, Outcome, Timeline, Vmm};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -53,7 +54,8 @@ pub enum Event {
 /// Boot a VM and stay until it ends. The exit status, unless something failed.
 pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
     let cache = Cache::from_environment();
-    let (config, _initrd) = configuration(arguments, &cache)?;
+    let (mut config, _initrd) = configuration(arguments, &cache)?;
+    let mmds = metadata::store(arguments, &mut config)?;
 
     let api = match &arguments.api_sock {
         Some(path) => Some(ApiSocket::bind(path, husk_api::MAX_BODY)?),
@@ -61,6 +63,7 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
     };
     Session::go(
         Options {
+            mmds,
             cache,
             count_exits: arguments.exits,
             print_timeline: arguments.timeline,
@@ -91,6 +94,8 @@ pub fn identity(name: &'static str, id: &str) -> Identity {
 
 /// What a session is started with, besides the VM.
 pub struct Options {
+    /// What the guest's metadata service answers from.
+    pub mmds: Arc<Mmds>,
     /// Unpacked kernels.
     pub cache: Cache,
     /// Count exits by reason, and print them at the end.
@@ -216,7 +221,6 @@ impl ApiSocket {
         let handler = Box::new(move |request, reply| send(&sender, Event::Request(request, reply)));
         let settings = husk_api::Settings {
             max_body: self.max_body,
-            max_mmds_body: self.max_body,
             prepare: Box::new(|| ()),
         };
         let server = husk_api::Server::start(self.listener, settings, handler);
@@ -244,7 +248,7 @@ impl Api {
 fn refusal(error: &husk_vmm::Error) -> husk_api::Refusal {
     husk_api::Refusal {
         message: husk_vmm::chain(error),
-        too_large: false,
+        too_large: error.is_too_large(),
     }
 }
 
@@ -292,6 +296,7 @@ impl Session {
                 wire: input.wire(),
                 open: Arc::new(crate::serial::open),
             },
+            mmds: options.mmds,
             cache: options.cache,
             count_exits: options.count_exits,
             timeline: Arc::clone(&timeline),

@@ -5,6 +5,7 @@ use crate::cli::ServeArgs;
 use crate::run::{ApiSocket, First, OnSignal, Options, Session, identity};
 use husk_config::VmConfig;
 use husk_loader::Cache;
+use husk_mmds::Mmds;
 use std::time::Instant;
 
 /// Memory of a VM whose client does not say, in MiB. As Firecracker's.
@@ -18,6 +19,7 @@ pub fn serve(arguments: &ServeArgs, start: Instant) -> Result<u8, Failure> {
     };
     config.machine_config.mem_size_mib = MEMORY_MIB;
     let options = Options {
+        mmds: Mmds::new(arguments.mmds_size_limit.unwrap_or(arguments.max_payload)),
         cache: Cache::from_environment(),
         count_exits: false,
         print_timeline: false,

@@ -114,6 +114,7 @@ impl Request<'_> {
             ["version"] => Query::Version,
             ["vm", "config"] => Query::Config,
             ["machine-config"] => Query::MachineConfig,
+            ["mmds"] => Query::Mmds,
             ["balloon"] => Query::Balloon,
             ["balloon", "statistics"] => Query::BalloonStatistics,
             ["balloon", "hinting", "status"] => Query::BalloonHinting,
@@ -160,11 +161,13 @@ impl Request<'_> {
             ["balloon"] => part(Part::Balloon(self.object()?)),
             ["entropy"] => part(Part::Entropy(self.object()?)),
             ["serial"] => part(Part::Serial(self.object()?)),
+            ["mmds"] => vmm(VmmRequest::PutMmds(self.any_object()?)),
+            ["mmds", "config"] => self.mmds_config(),
             ["pmem", id] => self.not_yet(Some(id), PMEM),
             ["hotplug", "memory"] => self.not_yet(None, MEMORY_HOTPLUG),
             ["snapshot", "create"] => self.not_yet(None, SNAPSHOTS),
             ["snapshot", "load"] => {
-                self.object::<serde_json::Map<String, Value>>()?;
+                self.any_object()?;
                 vmm(VmmRequest::LoadSnapshot)
             }
             ["drives" | "network-interfaces" | "pmem"] => self.no_id(),
@@ -225,6 +228,7 @@ impl Request<'_> {
             }
             // Some clients send an empty object.
             ["balloon", "hinting", "stop"] => balloon(None, None, Some(Hinting::Stop)),
+            ["mmds"] => vmm(VmmRequest::PatchMmds(self.any_object()?)),
             ["vm"] => {
                 let VmUpdate { state } = self.object()?;
                 vmm(match state {
@@ -273,7 +277,7 @@ impl Request<'_> {
 
     fn not_yet(&self, id: Option<&str>, what: &'static str) -> Result2 {
         id.map_or(Ok(()), check_id)?;
-        self.object::<serde_json::Map<String, Value>>()?;
+        self.any_object()?;
         Err(Refused::Unsupported(what))
     }
 
@@ -282,6 +286,20 @@ impl Request<'_> {
             [] => Err(Refused::NoBody(self.method.into())),
             _ => Err(Refused::EmptyId),
         }
+    }
+
+    fn any_object(&self) -> Result<Value, Refused> {
+        self.object::<serde_json::Map<String, Value>>()
+            .map(Value::Object)
+    }
+
+    fn mmds_config(&self) -> Result2 {
+        let config: husk_config::MmdsConfig = self.object()?;
+        let deprecated = config.version == husk_config::MmdsVersion::V1;
+        Ok(Parsed {
+            deprecated: deprecated.then_some("PUT /mmds/config: V1 is deprecated."),
+            ..part(Part::MmdsConfig(config))?
+        })
     }
 
     /// The body is an object with this field.

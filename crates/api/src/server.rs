@@ -56,8 +56,6 @@ pub type Handler = Box<dyn Fn(VmmRequest, Reply) + Send>;
 pub struct Settings {
     /// Largest body of a request, in bytes.
     pub max_body: usize,
-    /// Largest body for `/mmds`, in bytes: more is answered with 413.
-    pub max_mmds_body: usize,
     /// Called on the server's thread before it reads anything.
     pub prepare: Box<dyn FnOnce() + Send>,
 }
@@ -99,7 +97,6 @@ impl Server {
             let state = Rc::new(State {
                 handler,
                 max_body: settings.max_body,
-                max_mmds_body: settings.max_mmds_body,
                 watchers: RefCell::default(),
                 open: Cell::new(0),
                 stopped: stopped.clone(),
@@ -151,7 +148,6 @@ impl Server {
 struct State {
     handler: Handler,
     max_body: usize,
-    max_mmds_body: usize,
     watchers: RefCell<Vec<mpsc::Sender<Bytes>>>,
     open: Cell<usize>,
     stopped: watch::Receiver<bool>,
@@ -248,7 +244,7 @@ async fn answer(
 ) -> Result<Response<Body>, Infallible> {
     let method = request.method().as_str().to_owned();
     let path = request.uri().path().to_owned();
-    let body = match read_body(&state, &path, request).await {
+    let body = match read_body(&state, request).await {
         Ok(body) => body,
         Err(response) => return Ok(*response),
     };
@@ -284,16 +280,13 @@ async fn answer(
 
 async fn read_body(
     state: &State,
-    path: &str,
     request: Request<Incoming>,
 ) -> Result<Bytes, Box<Response<Body>>> {
-    let (limit, status) = match path {
-        "/mmds" => (state.max_mmds_body, StatusCode::PAYLOAD_TOO_LARGE),
-        _ => (state.max_body, StatusCode::BAD_REQUEST),
-    };
+    let limit = state.max_body;
     let too_large = || {
-        let text = format!("Request payload is too large: the limit is {limit} bytes.");
-        let mut response = fault(status, &text);
+        let text =
+            format!("Request payload is larger than the limit of {limit} bytes allowed by server.");
+        let mut response = fault(StatusCode::BAD_REQUEST, &text);
         // The rest of the body is not read.
         let close = HeaderValue::from_static("close");
         response

@@ -2,7 +2,7 @@
 
 use crate::{
     Balloon, BootSource, CpuConfig, CpuTemplate, Drive, Entropy, Error, HugePages, MachineConfig,
-    NetworkInterface, RateLimiter, Serial, VmConfig, Vsock,
+    MmdsConfig, NetworkInterface, RateLimiter, Serial, VmConfig, Vsock,
 };
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -33,6 +33,10 @@ pub enum VmmRequest {
     Update(String, DeviceUpdate),
     /// Unplug a device, by its name, from a running VM; or take it out of the configuration before boot.
     Detach(String),
+    /// Replace the guest's metadata.
+    PutMmds(serde_json::Value),
+    /// Merge this into the guest's metadata (RFC 7396).
+    PatchMmds(serde_json::Value),
     /// Write the metrics now.
     FlushMetrics,
     /// Go on from a snapshot instead of booting.
@@ -62,6 +66,8 @@ pub enum Part {
     Entropy(Entropy),
     /// Where the console's output goes.
     Serial(Serial),
+    /// How the guest reaches its metadata.
+    MmdsConfig(MmdsConfig),
 }
 
 impl Part {
@@ -83,6 +89,7 @@ impl Part {
             Part::Balloon(part) => config.balloon = Some(part),
             Part::Entropy(part) => config.entropy = Some(part),
             Part::Serial(part) => config.serial = Some(part),
+            Part::MmdsConfig(part) => config.mmds_config = Some(part),
         }
     }
 }
@@ -111,6 +118,8 @@ pub enum Query {
     BalloonStatistics,
     /// How far the search for free pages has come.
     BalloonHinting,
+    /// The guest's metadata.
+    Mmds,
     /// When each phase of the boot was reached.
     BootTimeline,
 }

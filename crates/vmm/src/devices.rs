@@ -11,6 +11,7 @@ use husk_devices::entropy::Entropy;
 use husk_devices::net::Net;
 use husk_devices::vsock::Vsock;
 use husk_kvm::MsiVectors;
+use husk_mmds::{Mmds, Server, Stack};
 use husk_pci::{HostBridge, Message, MsiSink, Relocate};
 use husk_virtio::transport::mmio::MmioTransport;
 use husk_virtio::transport::pci::PciTransport;
@@ -34,7 +35,11 @@ const MOST_ON_PCI: usize = 31;
 
 /// Devices that were opened when they were configured, by name.
 #[derive(Default)]
-pub struct Opened(BTreeMap<String, Box<dyn VirtioDevice>>);
+pub struct Opened {
+    drives: BTreeMap<String, Block>,
+    interfaces: BTreeMap<String, Net>,
+    vsock: BTreeMap<String, Vsock>,
+}
 
 impl Opened {
     /// Open a disk. The one of its name, which may hold the same file, is closed before; when this fails, it is opened again
@@ -42,7 +47,12 @@ impl Opened {
     pub fn drive(&mut self, drive: &Drive, before: &VmConfig) -> Result<(), Error> {
         let id = drive.drive_id.as_str();
         let old = before.drives.iter().find(|old| old.drive_id == id);
-        self.replace(id, || open_drive(drive), || old.map(open_drive))
+        replace(
+            &mut self.drives,
+            id,
+            || open_drive(drive),
+            || old.map(open_drive),
+        )
     }
 
     /// The same for a network interface.
@@ -54,74 +64,87 @@ impl Opened {
         let id = interface.iface_id.as_str();
         let mut interfaces = before.network_interfaces.iter();
         let old = interfaces.find(|old| old.iface_id == id);
-        self.replace(id, || open_interface(interface), || old.map(open_interface))
+        let new = || open_interface(interface);
+        replace(&mut self.interfaces, id, new, || old.map(open_interface))
     }
 
     /// The same for the vsock device.
     pub fn vsock(&mut self, vsock: &husk_config::Vsock, before: &VmConfig) -> Result<(), Error> {
         let old = before.vsock.as_ref();
-        self.replace(VSOCK, || open_vsock(vsock), || old.map(open_vsock))
+        replace(
+            &mut self.vsock,
+            VSOCK,
+            || open_vsock(vsock),
+            || old.map(open_vsock),
+        )
     }
+}
 
-    fn replace(
-        &mut self,
-        id: &str,
-        new: impl FnOnce() -> Result<Box<dyn VirtioDevice>, Error>,
-        old: impl FnOnce() -> Option<Result<Box<dyn VirtioDevice>, Error>>,
-    ) -> Result<(), Error> {
-        self.0.remove(id);
-        let (device, result) = match new() {
-            Ok(device) => (Some(device), Ok(())),
-            Err(e) => (old().and_then(Result::ok), Err(e)),
-        };
-        if let Some(device) = device {
-            self.0.insert(id.into(), device);
-        }
-        result
-    }
+fn replace<T>(
+    opened: &mut BTreeMap<String, T>,
+    id: &str,
+    new: impl FnOnce() -> Result<T, Error>,
+    old: impl FnOnce() -> Option<Result<T, Error>>,
+) -> Result<(), Error> {
+    opened.remove(id);
+    let (device, result) = match new() {
+        Ok(device) => (Some(device), Ok(())),
+        Err(e) => (old().and_then(Result::ok), Err(e)),
+    };
+    opened.extend(device.map(|device| (id.to_owned(), device)));
+    result
+}
 
-    fn take(
-        &mut self,
-        id: &str,
-        open: impl FnOnce() -> Result<Box<dyn VirtioDevice>, Error>,
-    ) -> Result<Named, Error> {
-        let device = self.0.remove(id).map_or_else(open, Ok)?;
-        Ok((id.into(), device))
-    }
+/// The device called `id`, opened now if it is not yet.
+fn take<T>(
+    opened: &mut BTreeMap<String, T>,
+    id: &str,
+    open: impl FnOnce() -> Result<T, Error>,
+) -> Result<T, Error> {
+    opened.remove(id).map_or_else(open, Ok)
 }
 
 /// The vsock device's name.
 const VSOCK: &str = "vsock";
 
-fn open_drive(drive: &Drive) -> Result<Box<dyn VirtioDevice>, Error> {
-    let device = Block::new(drive).map_err(|e| failed(&drive.drive_id, e))?;
-    Ok(Box::new(device))
+fn open_drive(drive: &Drive) -> Result<Block, Error> {
+    Block::new(drive).map_err(|e| failed(&drive.drive_id, e))
 }
 
-fn open_interface(interface: &NetworkInterface) -> Result<Box<dyn VirtioDevice>, Error> {
-    let device = Net::new(interface).map_err(|e| failed(&interface.iface_id, e))?;
-    Ok(Box::new(device))
+fn open_interface(interface: &NetworkInterface) -> Result<Net, Error> {
+    Net::new(interface).map_err(|e| failed(&interface.iface_id, e))
 }
 
-fn open_vsock(vsock: &husk_config::Vsock) -> Result<Box<dyn VirtioDevice>, Error> {
+fn open_vsock(vsock: &husk_config::Vsock) -> Result<Vsock, Error> {
     raise_descriptor_limit();
-    let device = Vsock::new(vsock).map_err(|e| failed(VSOCK, e))?;
-    Ok(Box::new(device))
+    Vsock::new(vsock).map_err(|e| failed(VSOCK, e))
 }
 
-/// The devices of `config`: those that are `opened`, the others opened now. Nothing of it depends on KVM.
-pub fn open(config: &VmConfig, opened: &mut Opened) -> Result<Vec<Named>, Error> {
+/// The devices of `config`: those that are `opened`, the others opened now; the guest reads its metadata from `mmds`. Nothing
+/// of it depends on KVM.
+pub fn open(config: &VmConfig, opened: &mut Opened, mmds: &Arc<Mmds>) -> Result<Vec<Named>, Error> {
     let mut devices: Vec<Named> = Vec::new();
     // The root device first: the guest calls it vda.
     let (root, others): (Vec<_>, Vec<_>) = config.drives.iter().partition(|d| d.is_root_device);
     for drive in root.into_iter().chain(others) {
-        devices.push(opened.take(&drive.drive_id, || open_drive(drive))?);
+        let device = take(&mut opened.drives, &drive.drive_id, || open_drive(drive))?;
+        devices.push((drive.drive_id.clone(), Box::new(device)));
     }
+    // Of this VM alone, and so are its session tokens.
+    let server = config.mmds_config.as_ref();
+    let server = server.map(|config| Server::new(Arc::clone(mmds), config));
+    let server = server.transpose().map_err(no_random)?;
     for interface in &config.network_interfaces {
-        devices.push(opened.take(&interface.iface_id, || open_interface(interface))?);
+        let id = &interface.iface_id;
+        let mut device = take(&mut opened.interfaces, id, || open_interface(interface))?;
+        if let Some(stack) = metadata(config, server.as_ref(), id).map_err(no_random)? {
+            device = device.with_mmds(stack).map_err(|e| failed(id, e))?;
+        }
+        devices.push((id.clone(), Box::new(device)));
     }
     if let Some(vsock) = &config.vsock {
-        devices.push(opened.take(VSOCK, || open_vsock(vsock))?);
+        let device = take(&mut opened.vsock, VSOCK, || open_vsock(vsock))?;
+        devices.push((VSOCK.into(), Box::new(device)));
     }
     if let Some(entropy) = &config.entropy {
         let device = Entropy::new(entropy).map_err(|e| failed("entropy", e))?;
@@ -134,6 +157,20 @@ pub fn open(config: &VmConfig, opened: &mut Opened) -> Result<Vec<Named>, Error>
     Ok(devices)
 }
 
+/// The way to the metadata service for the interface `id`, if it is to have one.
+fn metadata(
+    config: &VmConfig,
+    server: Option<&Arc<Server>>,
+    id: &String,
+) -> std::io::Result<Option<Stack>> {
+    match (&config.mmds_config, server) {
+        (Some(mmds), Some(server)) if mmds.network_interfaces.contains(id) => {
+            Stack::new(Arc::clone(server), mmds.address()).map(Some)
+        }
+        _ => Ok(None),
+    }
+}
+
 /// Each vsock connection takes a descriptor, and the usual soft limit is made for programs that use select().
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
@@ -144,6 +181,10 @@ fn raise_descriptor_limit() {
     if let Err(e) = setrlimit(Resource::Nofile, raised) {
         log::debug!("the limit on descriptors stays: {e}");
     }
+}
+
+fn no_random(error: std::io::Error) -> Error {
+    Error::Host("random numbers for the metadata service", error)
 }
 
 fn failed(id: &str, error: impl std::error::Error + Send + Sync + 'static) -> Error {

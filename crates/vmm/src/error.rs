@@ -99,6 +99,9 @@ pub enum Error {
     /// The serial console's output cannot be opened.
     #[error("cannot open {} for the serial console's output", .0.display())]
     Serial(PathBuf, #[source] std::io::Error),
+    /// The guest's metadata do not change.
+    #[error(transparent)]
+    Mmds(#[from] husk_mmds::StoreError),
     /// A device was configured without what is asked of it.
     #[error("the {0} was made without {1}: ask for it before boot")]
     NotMade(&'static str, &'static str),
@@ -203,6 +206,7 @@ impl Error {
             | Error::NoDevice(_)
             | Error::TooManyDevices { .. }
             | Error::Serial(..)
+            | Error::Mmds(_)
             | Error::NotMade(..)
             | Error::LoadAfterConfiguration
             | Error::Load
@@ -215,6 +219,11 @@ impl Error {
 }
 
 impl Error {
+    /// What was sent is larger than a limit allows.
+    pub fn is_too_large(&self) -> bool {
+        matches!(self, Error::Mmds(husk_mmds::StoreError::TooLarge))
+    }
+
     /// The process has nothing left to do after this: the client that asked counts on its end.
     pub fn is_fatal(&self) -> bool {
         matches!(self, Error::Load)

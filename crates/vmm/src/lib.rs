@@ -89,6 +89,8 @@ impl Vmm {
     pub fn handle(&mut self, request: VmmRequest) -> Result<Answer, Error> {
         match (&mut self.state, request) {
             (_, VmmRequest::Get(query)) => return self.get(query).map(Answer::Value),
+            (_, VmmRequest::PutMmds(value)) => self.host.mmds.put(value)?,
+            (_, VmmRequest::PatchMmds(value)) => self.host.mmds.patch(value)?,
             (State::Configuring, VmmRequest::Configure(config)) => {
                 config.validate()?;
                 self.config = *config;
@@ -165,7 +167,11 @@ impl Vmm {
                 self.prepared.devices.interface(&interface, &self.config)?;
             }
             Part::Vsock(vsock) => self.prepared.devices.vsock(&vsock, &self.config)?,
-            Part::CpuConfig(_) | Part::Balloon(_) | Part::Entropy(_) | Part::Serial(_) => {}
+            Part::CpuConfig(_)
+            | Part::Balloon(_)
+            | Part::Entropy(_)
+            | Part::Serial(_)
+            | Part::MmdsConfig(_) => {}
         }
         self.config = config;
         self.touched = true;

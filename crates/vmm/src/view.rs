@@ -20,6 +20,10 @@ impl Vmm {
             Query::Balloon => to_value(self.balloon()?),
             Query::BalloonStatistics => self.balloon_statistics(),
             Query::BalloonHinting => self.balloon_hinting(),
+            Query::Mmds => Ok(match self.host.mmds.get() {
+                Value::Null => json!({}),
+                value => value,
+            }),
             Query::BootTimeline => Ok(self.timeline()),
         }
     }

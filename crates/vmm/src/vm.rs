@@ -22,6 +22,7 @@ use husk_devices::pvpanic::PvPanic;
 use husk_devices::serial::{Output, Serial, Wire};
 use husk_kvm::{Kvm, Vcpu};
 use husk_loader::{Cache, Kernel};
+use husk_mmds::Mmds;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -81,6 +82,8 @@ pub struct Host {
     pub identity: Identity,
     /// The guest's console.
     pub console: Console,
+    /// What the guest's metadata service answers from. It outlives VMs.
+    pub mmds: Arc<Mmds>,
     /// Unpacked kernels.
     pub cache: Cache,
     /// Count exits by reason.
@@ -104,6 +107,7 @@ impl Host {
                 api_version: "",
             },
             console,
+            mmds: Mmds::new(husk_mmds::DEFAULT_LIMIT),
             cache,
             count_exits: false,
             timeline,
@@ -165,7 +169,7 @@ impl Vm {
         let kernel = kernel.take();
         let load = |memory: &GuestMemory| {
             let boot = prepare_boot(config, kernel, memory, host, &slots)?;
-            Ok((boot, devices::open(config, opened)?))
+            Ok((boot, devices::open(config, opened, &host.mmds)?))
         };
         let (ready, (boot, opened)) = match made {
             Some(ready) => {

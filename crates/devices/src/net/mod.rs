@@ -136,10 +136,10 @@ impl Net {
         Self::with_backend(config, Self::open(config)?)
     }
 
-    /// As [`Net::new`], with the metadata service on the same cable. Its link is up even when the backend has failed.
-    pub fn with_mmds(config: &NetworkInterface, stack: Stack) -> Result<Self, Error> {
-        let detour = Detour::new(&config.iface_id, Self::open(config)?, stack)?;
-        Self::with_backend(config, Box::new(detour))
+    /// With the metadata service on the same cable. Its link is up even when the backend has failed. Only while stopped.
+    pub fn with_mmds(mut self, stack: Stack) -> Result<Self, Error> {
+        self.backend = Box::new(Detour::new(&self.name, self.backend, stack)?);
+        Ok(self)
     }
 
     fn open(config: &NetworkInterface) -> Result<Box<dyn Backend>, Error> {
