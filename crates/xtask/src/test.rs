@@ -23,6 +23,7 @@ const TESTBEDS: usize = 2;
 
 /// What tests call: beside what each step installs for itself.
 const TOOLS: &[(&str, &str)] = &[
+    ("curl", "curl"),
     ("gcc", "gcc"),
     ("/usr/include/stdio.h", "libc6-dev"),
     ("ip", "iproute2"),
