@@ -2,6 +2,7 @@
 
 use crate::rate_limiter::{self, RateLimiter};
 use husk_config::{DeviceUpdate, Entropy as Config};
+use husk_metrics::{EntropyMetrics, METRICS};
 use husk_virtio::{ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, VirtioDevice};
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ pub struct Entropy {
     queue: Option<ActiveQueue>,
     chain: Chain,
     bytes: Vec<u8>,
+    metrics: Arc<EntropyMetrics>,
 }
 
 impl Entropy {
@@ -31,6 +33,7 @@ impl Entropy {
             queue: None,
             chain: Chain::default(),
             bytes: vec![0; MOST],
+            metrics: METRICS.entropy.member(""),
         })
     }
 
@@ -51,17 +54,22 @@ impl Entropy {
             let length = self.chain.writable_length().min(MOST as u64) as usize;
             if !self.limiter.consume(1, length as u64) {
                 // The limiter's timer brings us back.
+                self.metrics.entropy_rate_limiter_throttled.inc();
                 queue.undo_pop();
                 return queue.flush().map_err(bad);
             }
             let bytes = self.bytes.get_mut(..length).unwrap_or_default();
-            getrandom::fill(bytes)
-                .map_err(|e| DeviceError::Host("no random bytes", std::io::Error::other(e)))?;
+            getrandom::fill(bytes).map_err(|e| {
+                self.metrics.host_rng_fails.inc();
+                DeviceError::Host("no random bytes", std::io::Error::other(e))
+            })?;
             let mem = queue.memory().clone();
             let written = self.chain.write(&mem, 0, bytes).map_err(bad)?;
             queue
                 .add_used(self.chain.head, written as u32)
                 .map_err(bad)?;
+            self.metrics.entropy_event_count.inc();
+            self.metrics.entropy_bytes.add(written as u64);
         }
         queue.flush().map_err(bad)?;
         // More is waiting; at its maximum the counter is readable already.
@@ -90,7 +98,8 @@ impl VirtioDevice for Entropy {
     }
 
     fn queue_ready(&mut self, _index: u16) -> Result<(), DeviceError> {
-        self.serve()
+        let served = self.serve();
+        served.inspect_err(|_| self.metrics.entropy_event_fails.inc())
     }
 
     fn sources(&self) -> Vec<(RawFd, u32)> {
@@ -98,8 +107,10 @@ impl VirtioDevice for Entropy {
     }
 
     fn source_ready(&mut self, _token: u32) -> Result<(), DeviceError> {
+        self.metrics.rate_limiter_event_count.inc();
         self.limiter.timer_fired();
-        self.serve()
+        let served = self.serve();
+        served.inspect_err(|_| self.metrics.entropy_event_fails.inc())
     }
 
     fn update(&mut self, change: &DeviceUpdate) -> Result<(), DeviceError> {
@@ -149,6 +160,21 @@ mod tests {
     }
 
     #[test]
+    fn requests_and_bytes_are_counted() {
+        let mut device = Entropy::new(&Config::default()).unwrap();
+        let metrics = Arc::new(EntropyMetrics::default());
+        device.metrics = Arc::clone(&metrics);
+        let thread = Arc::new(DeviceThread::start("rng", || ()).unwrap());
+        let mem = memory();
+        let mut driver = Driver::new(Box::new(Mmio::new(Box::new(device), &thread, &mem)), mem);
+        driver.start(u64::MAX, 16);
+        use_it(&mut driver);
+        assert_eq!(metrics.entropy_event_count.total(), 2);
+        assert_eq!(metrics.entropy_bytes.total(), 2 * 5101);
+        assert_eq!(metrics.entropy_event_fails.total(), 0);
+    }
+
+    #[test]
     fn a_limited_device_answers_later_but_all() {
         let bucket = TokenBucket {
             size: 1000,
@@ -164,11 +190,14 @@ mod tests {
         let registers = Box::new(Mmio::new(device(Some(limits)), &thread, &mem));
         let mut driver = Driver::new(registers, mem);
         driver.start(u64::MAX, 16);
+        let throttled = &METRICS.entropy.member("").entropy_rate_limiter_throttled;
+        let before = throttled.total();
         let start = std::time::Instant::now();
         for _ in 0..5 {
             assert_eq!(driver.request(0, &[], &[1000]).len(), 1000);
         }
         // 1000 at once, then 1000 every 50 ms. A busy machine makes it longer, never shorter.
         assert!(start.elapsed().as_millis() >= 190, "{:?}", start.elapsed());
+        assert!(throttled.total() > before);
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::{GuestEvent, GuestEvents, ports_of};
 use husk_bus::BusDevice;
+use husk_metrics::METRICS;
 use std::sync::Arc;
 
 /// Number of I/O ports, from 0x60.
@@ -45,8 +46,12 @@ impl BusDevice for I8042 {
                 DATA => 0,
                 PORT_B => PORT_B_VALUE,
                 COMMAND => STATUS,
-                _ => continue,
+                _ => {
+                    METRICS.i8042.missed_read_count.inc();
+                    continue;
+                }
             };
+            METRICS.i8042.read_count.inc();
             if let Some(byte) = data.get_mut(at) {
                 *byte = value;
             }
@@ -56,10 +61,12 @@ impl BusDevice for I8042 {
     fn write(&self, offset: u64, data: &[u8]) {
         for (port, at) in ports_of(offset, data.len(), PORTS) {
             let command = data.get(at).copied().unwrap_or_default();
+            METRICS.i8042.write_count.inc();
             if port == COMMAND
                 && command & PULSE_OUTPUTS == PULSE_OUTPUTS
                 && command & RESET_LINE == 0
             {
+                METRICS.i8042.reset_count.inc();
                 self.events.event(GuestEvent::Reset);
             }
         }

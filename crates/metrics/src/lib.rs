@@ -26,6 +26,6 @@ pub use prometheus::{CONTENT_TYPE, prometheus};
 pub use requests::{count_deprecated_request, count_request};
 pub use section::{Metric, Section};
 pub use sections::*;
-pub use sink::{Error, PERIOD, configure, flush, flush_if_due, next_flush};
+pub use sink::{Error, PERIOD, configure, flush, flush_after_panic, flush_if_due, next_flush};
 pub use start::start_times;
 pub use value::{Counter, Gauge, Latency, Micros};

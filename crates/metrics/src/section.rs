@@ -54,7 +54,9 @@ impl Value for Latency {
 macro_rules! sections {
     ($($(#[doc = $about:literal])+ $name:ident { $($(#[doc = $help:literal])+ $field:ident: $kind:ident,)+ })+) => {$(
         $(#[doc = $about])+
+        // Lines of the cache of its own: who counts in the next section is on another thread.
         #[derive(Debug, Default)]
+        #[repr(align(64))]
         pub struct $name {
             $($(#[doc = $help])+ pub $field: $kind,)+
         }

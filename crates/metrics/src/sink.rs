@@ -55,6 +55,16 @@ pub fn flush() -> Result<bool, Error> {
     }
 }
 
+/// [`flush`] for a process that is about to end in a panic: without waiting, in case that it came from in here.
+pub fn flush_after_panic() {
+    if let Ok(mut sink) = SINK.try_lock()
+        && let Some(sink) = sink.as_mut()
+    {
+        // Nobody is left to tell.
+        let _ = sink.flush(&METRICS);
+    }
+}
+
 /// When the next line is due; None when no file was configured.
 pub fn next_flush() -> Option<Instant> {
     lock().as_ref().map(|sink| sink.due)

@@ -7,23 +7,24 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 /// Give whole pages of `length` bytes at `address` back to the host: they read as zeroes, or as the file that was mapped
 /// there, until they are written again. What is not memory, or no whole page, stays as it is: a guest that lies harms itself.
-pub fn discard(mem: &GuestMemory, address: u64, length: u64) {
+/// The bytes that went back.
+pub fn discard(mem: &GuestMemory, address: u64, length: u64) -> u64 {
     const PAGE: u64 = 4096;
     let Some(end) = address.checked_add(length) else {
-        return;
+        return 0;
     };
     let Some(start) = address.checked_next_multiple_of(PAGE) else {
-        return;
+        return 0;
     };
     let Some(size) = (end & !(PAGE - 1)).checked_sub(start).filter(|&s| s > 0) else {
-        return;
+        return 0;
     };
     let Ok(slice) = mem.get_slice(GuestAddress(start), size as usize) else {
-        return;
+        return 0;
     };
     let host = slice.ptr_guard_mut();
     if !(host.as_ptr() as u64).is_multiple_of(PAGE) {
-        return;
+        return 0;
     }
     // SAFETY: the range lies within the mapping of guest memory, which `mem` keeps alive, and is whole pages of it. Nobody
     // holds references into guest memory: it is read and written by volatile copies, by system calls and by KVM, all of
@@ -31,5 +32,7 @@ pub fn discard(mem: &GuestMemory, address: u64, length: u64) {
     let result = unsafe { madvise(host.as_ptr().cast(), size as usize, Advice::LinuxDontNeed) };
     if let Err(e) = result {
         log::debug!("{size} bytes of guest memory were not given back: {e}");
+        return 0;
     }
+    size
 }

@@ -7,6 +7,7 @@ pub use statistics::Statistics;
 
 use discard::discard;
 use husk_config::{Balloon as Config, DeviceUpdate, Hinting};
+use husk_metrics::{BalloonMetrics, Counter, METRICS};
 use husk_virtio::{
     ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, DeviceState, QueueError, VirtioDevice,
 };
@@ -73,6 +74,7 @@ pub struct Balloon {
     hint_from_guest: u32,
     /// Let the guest use hinted pages again as soon as it has told all.
     acknowledge: bool,
+    metrics: Arc<BalloonMetrics>,
 }
 
 impl Balloon {
@@ -100,6 +102,7 @@ impl Balloon {
             hint_command: HINT_STOP,
             hint_from_guest: HINT_STOP,
             acknowledge: false,
+            metrics: METRICS.balloon.member(""),
         };
         balloon.set_amount(config.amount_mib);
         Ok(balloon)
@@ -188,6 +191,7 @@ impl Balloon {
         let result = self.serve_queue(purpose, &mut queue);
         let index = queue.index();
         self.queues.insert(at, (purpose, queue));
+        let result = result.inspect_err(|_| self.metrics.event_fails.inc());
         result.map_err(|e| DeviceError::Queue(index, e))
     }
 
@@ -203,8 +207,12 @@ impl Balloon {
             match purpose {
                 Purpose::Inflate => self.inflate(queue)?,
                 // Memory comes back when the guest touches it.
-                Purpose::Deflate => {}
-                Purpose::Reporting => self.discard_writable(queue),
+                Purpose::Deflate => self.metrics.deflate_count.inc(),
+                Purpose::Reporting => {
+                    let m = &self.metrics;
+                    let (count, freed) = (&m.free_page_report_count, &m.free_page_report_freed);
+                    self.discard_writable(queue, [count, freed, &m.free_page_report_fails]);
+                }
                 Purpose::Hinting => self.take_hint(queue)?,
                 Purpose::Statistics => {
                     self.take_statistics(queue)?;
@@ -221,6 +229,7 @@ impl Balloon {
 
     /// Page numbers of 32 bits; neighbours go back to the host together.
     fn inflate(&mut self, queue: &ActiveQueue) -> Result<(), QueueError> {
+        self.metrics.inflate_count.inc();
         let mem = queue.memory();
         let mut offset = 0;
         // The run of pages that is being collected: its first and the one behind its last.
@@ -251,9 +260,14 @@ impl Balloon {
         Ok(())
     }
 
-    fn discard_writable(&self, queue: &ActiveQueue) {
+    /// Ranges of free memory go back to the host.
+    fn discard_writable(&self, queue: &ActiveQueue, [count, freed, fails]: [&Counter; 3]) {
         for buffer in &self.chain.writable {
-            discard(queue.memory(), buffer.address.0, buffer.length.into());
+            count.inc();
+            match discard(queue.memory(), buffer.address.0, buffer.length.into()) {
+                0 => fails.inc(),
+                bytes => freed.add(bytes),
+            }
         }
     }
 
@@ -269,7 +283,9 @@ impl Balloon {
             }
         }
         if self.hint_from_guest >= HINT_FIRST && self.hint_from_guest == self.hint_command {
-            self.discard_writable(queue);
+            let m = &self.metrics;
+            let (count, freed) = (&m.free_page_hint_count, &m.free_page_hint_freed);
+            self.discard_writable(queue, [count, freed, &m.free_page_hint_fails]);
         }
         Ok(())
     }
@@ -277,6 +293,7 @@ impl Balloon {
     /// The guest's numbers; the buffer stays here until new ones are wanted.
     fn take_statistics(&mut self, queue: &mut ActiveQueue) -> Result<(), QueueError> {
         let count = self.chain.read(queue.memory(), 0, &mut self.chunk)?;
+        self.metrics.stats_updates_count.inc();
         self.statistics
             .take(self.chunk.get(..count).unwrap_or_default());
         // A driver has one buffer. Another one would be lost: it gets the first back.
@@ -313,6 +330,8 @@ impl VirtioDevice for Balloon {
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         if offset == ACTUAL as u64 && data.len() == 4 {
             self.config.set(ACTUAL, data);
+        } else {
+            self.metrics.cfg_fails.inc();
         }
     }
 
@@ -346,7 +365,8 @@ impl VirtioDevice for Balloon {
     fn source_ready(&mut self, _token: u32) -> Result<(), DeviceError> {
         // How often it expired does not matter.
         let _ = rustix::io::read(&self.timer, &mut [0; 8]);
-        self.ask_for_statistics()
+        let asked = self.ask_for_statistics();
+        asked.inspect_err(|_| self.metrics.stats_update_fails.inc())
     }
 
     fn update(&mut self, change: &DeviceUpdate) -> Result<(), DeviceError> {

@@ -180,3 +180,28 @@ fn queues_are_numbered_without_those_that_were_not_negotiated() {
     driver.wait_used(2);
     assert_eq!(resident(&driver.mem, FREE, 1), 0);
 }
+
+#[test]
+fn what_the_guest_gives_is_counted() {
+    let mut balloon = Balloon::new(&ALL).unwrap();
+    let m = Arc::new(BalloonMetrics::default());
+    balloon.metrics = Arc::clone(&m);
+    let thread = Arc::new(DeviceThread::start("balloon", || ()).unwrap());
+    let mem = memory();
+    let registers = Box::new(Mmio::new(Box::new(balloon), &thread, &mem));
+    let mut driver = Driver::new(registers, mem);
+    driver.start(u64::MAX, 64);
+    use_it(&mut driver);
+    let free = husk_virtio::testing::Buffers {
+        readable: Vec::new(),
+        writable: vec![(FREE * PAGE, 8192), (FREE * PAGE + 100, 100)],
+    };
+    driver.queues[4].add(&free, Layout::Direct, 0);
+    driver.registers.notify(4);
+    driver.wait_used(4);
+    assert_eq!((m.inflate_count.total(), m.deflate_count.total()), (1, 1));
+    assert_eq!(m.free_page_report_count.total(), 2);
+    assert_eq!(m.free_page_report_freed.total(), 8192);
+    assert_eq!(m.free_page_report_fails.total(), 1);
+    assert_eq!(m.event_fails.total(), 0);
+}

@@ -97,12 +97,20 @@ impl Block {
             queue.waits = false;
             let quiet = queue.active.disable_kicks();
             quiet.map_err(|e| DeviceError::Queue(index, e))?;
+            self.tick();
             let stopped = self.take(index, &mut budget);
             // What was begun before an error goes on all the same.
             self.engine.submit()?;
             self.complete()?;
             let stopped = stopped?;
             let has_room = !self.engine.idle.is_empty();
+            match stopped {
+                Stopped::Empty if budget == BATCH => self.metrics.no_avail_buffer.inc(),
+                Stopped::Tokens => self.metrics.rate_limiter_throttled_events.inc(),
+                Stopped::Room => self.metrics.io_engine_throttled_events.inc(),
+                Stopped::Turn => self.metrics.remaining_reqs_count.inc(),
+                Stopped::Empty => {}
+            }
             let Some(queue) = self.queue(index) else {
                 return Ok(());
             };
@@ -143,6 +151,9 @@ impl Block {
     /// Give back what is done.
     pub(super) fn complete(&mut self) -> Result<(), DeviceError> {
         let mut again = false;
+        if self.engine.ring.is_some() {
+            self.tick();
+        }
         while let Some((mut request, result)) = self.engine.ring.as_mut().and_then(Ring::completed)
         {
             match request.advance(result) {
@@ -212,8 +223,14 @@ impl Block {
                 return Ok(Stopped::Tokens);
             }
             *budget -= 1;
+            request.begun = self.clock;
             match parsed {
-                Parsed::Answer(status) => self.answer(request, status)?,
+                Parsed::Answer(status) => {
+                    if u32::from(status) != VIRTIO_BLK_S_OK {
+                        self.metrics.invalid_reqs_count.inc();
+                    }
+                    self.answer(request, status)?;
+                }
                 Parsed::Run => self.begin(request)?,
             }
         }
@@ -234,6 +251,7 @@ impl Block {
             length: request.cost(&self.chain),
         };
         let moved = self.bounce.run(&self.disk.file, &transfer);
+        self.tick();
         let end = match moved.map_err(|e| DeviceError::Queue(request.queue, e))? {
             Ok(()) => request.moved(),
             Err(e) => Some(Err(e)),
@@ -255,6 +273,7 @@ impl Block {
             }
             let result = io::run(&self.disk.file, &request.step());
             if let Some(end) = request.advance(result) {
+                self.tick();
                 return self.finish(request, end);
             }
         }
@@ -262,8 +281,12 @@ impl Block {
 
     fn finish(&mut self, request: Request, end: std::io::Result<()>) -> Result<(), DeviceError> {
         let status = match end {
-            Ok(()) => VIRTIO_BLK_S_OK,
+            Ok(()) => {
+                request.count_in(&self.metrics, self.clock);
+                VIRTIO_BLK_S_OK
+            }
             Err(e) => {
+                self.metrics.execute_fails.inc();
                 let path = self.disk.path.display();
                 // Once: the guest may try as often as it likes.
                 match std::mem::replace(&mut self.has_warned, true) {

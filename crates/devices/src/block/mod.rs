@@ -20,6 +20,7 @@ use bounce::Bounce;
 use disk::{Access, Disk};
 use engine::Engine;
 use husk_config::{DeviceUpdate, Drive};
+use husk_metrics::{BlockMetrics, METRICS};
 use husk_virtio::{
     ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, GuestMemory, VirtioDevice,
 };
@@ -27,6 +28,7 @@ use request::Rules;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
@@ -107,6 +109,10 @@ pub struct Block {
     started: Option<Started>,
     /// A failure of the host was reported.
     has_warned: bool,
+    metrics: Arc<BlockMetrics>,
+    /// When the last request that was waited for, or the last batch, began or ended, in nanoseconds since `made`.
+    clock: u64,
+    made: Instant,
 }
 
 /// A queue in use.
@@ -151,7 +157,15 @@ impl Block {
             turn: 0,
             started: None,
             has_warned: false,
+            metrics: METRICS.block.member(&drive.drive_id),
+            clock: 0,
+            made: Instant::now(),
         })
+    }
+
+    /// Look at the time, for how long requests take.
+    fn tick(&mut self) {
+        self.clock = self.made.elapsed().as_nanos() as u64;
     }
 
     /// What requests must keep to from now on.
@@ -235,7 +249,9 @@ impl VirtioDevice for Block {
     }
 
     fn queue_ready(&mut self, index: u16) -> Result<(), DeviceError> {
-        self.serve(index)
+        self.metrics.queue_event_count.inc();
+        let served = self.serve(index);
+        served.inspect_err(|_| self.metrics.event_fails.inc())
     }
 
     fn sources(&self) -> Vec<(RawFd, u32)> {
@@ -247,7 +263,7 @@ impl VirtioDevice for Block {
     fn source_ready(&mut self, token: u32) -> Result<(), DeviceError> {
         match token {
             TOKENS if !self.limiter.timer_fired() => return Ok(()),
-            TOKENS => {}
+            TOKENS => self.metrics.rate_limiter_event_count.inc(),
             _ => {
                 self.engine.submit()?;
                 self.complete()?;
@@ -257,6 +273,14 @@ impl VirtioDevice for Block {
     }
 
     fn update(&mut self, change: &DeviceUpdate) -> Result<(), DeviceError> {
+        self.metrics.update_count.inc();
+        let updated = self.change(change);
+        updated.inspect_err(|_| self.metrics.update_fails.inc())
+    }
+}
+
+impl Block {
+    fn change(&mut self, change: &DeviceUpdate) -> Result<(), DeviceError> {
         let DeviceUpdate::Disk { path, rate_limiter } = change else {
             let what = format!("a disk does not take {change:?}");
             return Err(DeviceError::Unsupported(what));

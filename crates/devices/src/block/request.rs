@@ -3,8 +3,10 @@
 use super::disk::Disk;
 use super::io::{IoVecs, Step};
 use super::{MAX_DISCARD_SEGMENTS, SECTOR, SEGMENT_SIZE, SEGMENTS};
+use husk_metrics::BlockMetrics;
 use husk_virtio::{Buffer, Chain, DeviceError, GuestMemory, QueueError};
 use std::io;
+use std::time::Duration;
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
@@ -77,6 +79,9 @@ pub(super) struct Request {
     /// Where in the file the next byte of `vecs` goes.
     offset: u64,
     vecs: IoVecs,
+    /// When it was taken from its queue, in nanoseconds of `Block::clock`'s time, and the bytes that it reads or writes.
+    pub begun: u64,
+    data: u32,
     /// Bytes of data that the device is to write into memory, and has written.
     to_fill: u64,
     filled: u64,
@@ -100,6 +105,8 @@ impl Request {
             operation: Operation::Flush,
             offset: 0,
             vecs,
+            begun: 0,
+            data: 0,
             to_fill: 0,
             filled: 0,
             segments: Vec::new(),
@@ -203,6 +210,7 @@ impl Request {
             return Ok(Parsed::Answer(VIRTIO_BLK_S_IOERR as u8));
         }
         self.offset = offset;
+        self.data = length as u32;
         let (mut skip, mut left) = (skip, length);
         for &buffer in buffers {
             left -= self.vecs.push(buffer, skip, left)?;
@@ -264,6 +272,25 @@ impl Request {
             Operation::Read => self.to_fill,
             Operation::Write => chain.readable_length().saturating_sub(HEADER),
             Operation::Flush | Operation::Discard | Operation::WriteZeroes => 0,
+        }
+    }
+
+    /// Count it, now that it has succeeded.
+    pub(super) fn count_in(&self, metrics: &BlockMetrics, now: u64) {
+        let took = Duration::from_nanos(now.saturating_sub(self.begun));
+        match self.operation {
+            Operation::Read => {
+                metrics.read_count.inc();
+                metrics.read_bytes.add(self.data.into());
+                metrics.read_agg.record(took);
+            }
+            Operation::Write => {
+                metrics.write_count.inc();
+                metrics.write_bytes.add(self.data.into());
+                metrics.write_agg.record(took);
+            }
+            Operation::Flush => metrics.flush_count.inc(),
+            Operation::Discard | Operation::WriteZeroes => metrics.discard_count.inc(),
         }
     }
 

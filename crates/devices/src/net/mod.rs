@@ -25,6 +25,7 @@ use features::{CTRL_VQ, MAC, MQ, MRG_RXBUF, MTU, STATUS};
 use husk_bus::Interrupt;
 use husk_config::{DeviceUpdate, NetworkInterface};
 use husk_mmds::Stack;
+use husk_metrics::{METRICS, NetMetrics};
 use husk_virtio::{
     ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, DeviceState, F_RING_RESET,
     VirtioDevice,
@@ -76,6 +77,7 @@ pub struct Net {
     /// There is something at the other end of it.
     carrier: bool,
     interrupt: Option<Arc<dyn Interrupt>>,
+    metrics: Arc<NetMetrics>,
 }
 
 /// What a queue is for.
@@ -93,6 +95,7 @@ struct Path<'a> {
     limiter: &'a mut RateLimiter,
     /// The link is up, and the driver uses the pair; else packets are dropped.
     up: bool,
+    metrics: &'a NetMetrics,
 }
 
 /// How work on a queue ended.
@@ -192,6 +195,7 @@ impl Net {
             plugged: true,
             carrier: true,
             interrupt: None,
+            metrics: METRICS.net.member(&config.iface_id),
         })
     }
 
@@ -209,6 +213,7 @@ impl Net {
             backend: self.backend.as_mut(),
             limiter: &mut self.rx_limiter,
             up,
+            metrics: &self.metrics,
         })?;
         self.take(outcome);
         Ok(())
@@ -223,6 +228,7 @@ impl Net {
             backend: self.backend.as_mut(),
             limiter: &mut self.tx_limiter,
             up,
+            metrics: &self.metrics,
         })?;
         self.take(outcome);
         Ok(())
@@ -362,11 +368,18 @@ impl VirtioDevice for Net {
     }
 
     fn queue_ready(&mut self, index: u16) -> Result<(), DeviceError> {
-        match self.role(index) {
+        let done = match self.role(index) {
             Role::Control => self.run_control(),
-            Role::Receive(pair) => self.run_rx(pair),
-            Role::Transmit(pair) => self.run_tx(pair),
-        }
+            Role::Receive(pair) => {
+                self.metrics.rx_queue_event_count.inc();
+                self.run_rx(pair)
+            }
+            Role::Transmit(pair) => {
+                self.metrics.tx_queue_event_count.inc();
+                self.run_tx(pair)
+            }
+        };
+        done.inspect_err(|_| self.metrics.event_fails.inc())
     }
 
     fn sources(&self) -> Vec<(RawFd, u32)> {
@@ -393,14 +406,17 @@ impl VirtioDevice for Net {
                 self.run_all(Self::run_tx)
             }
             RX_TIMER => {
+                self.metrics.rx_event_rate_limiter_count.inc();
                 self.rx_limiter.timer_fired();
                 self.run_all(Self::run_rx)
             }
             TX_TIMER => {
+                self.metrics.tx_rate_limiter_event_count.inc();
                 self.tx_limiter.timer_fired();
                 self.run_all(Self::run_tx)
             }
             pair => {
+                self.metrics.rx_tap_event_count.inc();
                 if let Some(rx) = self.rx.get_mut(pair as usize) {
                     rx.set_readable();
                 }

@@ -156,15 +156,25 @@ impl Receiver {
             };
             if !held.paid && !path.limiter.consume(1, held.length - HEADER as u64) {
                 // The limiter's timer brings us back.
+                path.metrics.rx_rate_limiter_throttled.inc();
                 self.held = Some(held);
                 return Ok(Outcome::Done);
             }
             held.paid = true;
             match self.make_room(queue, held)? {
-                Step::Got(true) => self.hand_over(queue, held)?,
+                Step::Got(true) => {
+                    self.hand_over(queue, held)?;
+                    path.metrics.rx_packets_count.inc();
+                    path.metrics.rx_bytes_count.add(held.length - HEADER as u64);
+                }
                 // No buffer is large enough, or all of them together are not.
-                Step::Got(false) | Step::Gone => log::debug!("a packet for a guest is too large"),
+                Step::Got(false) | Step::Gone => {
+                    path.metrics.rx_partial_writes.inc();
+                    path.metrics.rx_fails.inc();
+                    log::debug!("a packet for a guest is too large");
+                }
                 Step::Wait => {
+                    path.metrics.no_rx_avail_buffer.inc();
                     self.held = Some(held);
                     return Ok(Outcome::Done);
                 }
@@ -207,10 +217,12 @@ impl Receiver {
                     return Ok(Step::Wait);
                 }
                 Received::Gone => {
+                    path.metrics.tap_read_fails.inc();
                     self.readable = false;
                     return Ok(Step::Gone);
                 }
             };
+            path.metrics.rx_count.inc();
             // With a byte more of room than any packet has, one that is cut off is too long.
             if (LEAST..=MOST).contains(&length) {
                 let length = length as u64;
@@ -222,6 +234,7 @@ impl Receiver {
                     paid: false,
                 }));
             }
+            path.metrics.rx_fails.inc();
         }
     }
 

@@ -3,6 +3,7 @@
 use super::backend::{HEADER, LEAST, MOST, Packet, Sent};
 use super::{Budget, Outcome, Path};
 use husk_virtio::{ActiveQueue, Chain, DeviceError, QueueError};
+use std::time::Instant;
 
 /// Packets that are sent before the driver is shown that they are.
 const BATCH: u16 = 64;
@@ -89,6 +90,7 @@ impl Tx {
             if budget.is_spent(length) {
                 queue.flush()?;
                 // Others have their turn; at its maximum the counter is readable already.
+                path.metrics.tx_remaining_reqs_count.inc();
                 let _ = queue.kick().write(1);
                 return Ok(outcome);
             }
@@ -98,10 +100,16 @@ impl Tx {
     /// Send the packet in `chain`. Full, too, when the limiter does not let it pass yet.
     fn send_one(&mut self, queue: &ActiveQueue, path: &mut Path, length: u64) -> Sent {
         let length = usize::try_from(length).unwrap_or(usize::MAX);
+        let metrics = path.metrics;
         if !path.up || !(LEAST..=MOST).contains(&length) {
+            if path.up {
+                metrics.tx_malformed_frames.inc();
+            }
+            metrics.tx_fails.inc();
             return Sent::Done;
         }
         if !self.paid && !path.limiter.consume(1, (length - HEADER) as u64) {
+            metrics.tx_rate_limiter_throttled.inc();
             return Sent::Full;
         }
         self.paid = true;
@@ -110,6 +118,21 @@ impl Tx {
             buffers: &self.chain.readable,
             length,
         };
-        path.backend.send(self.pair, &packet)
+        let begun = Instant::now();
+        let sent = path.backend.send(self.pair, &packet);
+        metrics.tap_write_agg.record(begun.elapsed());
+        match sent {
+            Sent::Done => {
+                metrics.tx_count.inc();
+                metrics.tx_packets_count.inc();
+                metrics.tx_bytes_count.add((length - HEADER) as u64);
+            }
+            Sent::Full => {}
+            Sent::Gone => {
+                metrics.tap_write_fails.inc();
+                metrics.tx_fails.inc();
+            }
+        }
+        sent
     }
 }

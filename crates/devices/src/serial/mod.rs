@@ -12,6 +12,7 @@ pub use wire::{CAPACITY, Receiver, Wire};
 
 use crate::{ports_of, pulse};
 use husk_bus::BusDevice;
+use husk_metrics::METRICS;
 use registers::{PORTS, THR};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
@@ -80,6 +81,7 @@ impl Serial {
         if transmits {
             // Before THRE is signalled, so that no other vCPU's byte can overtake.
             self.output.write(values);
+            METRICS.uart.write_count.add(values.len() as u64);
         }
         let interrupt = {
             let mut registers = self.lock();

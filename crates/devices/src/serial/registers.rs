@@ -1,6 +1,7 @@
 //! The register file and what decides about interrupts.
 
 use super::wire::Wire;
+use husk_metrics::METRICS;
 use std::collections::VecDeque;
 
 pub(super) const PORTS: u64 = 8;
@@ -323,6 +324,7 @@ impl Access<'_> {
             return 0;
         }
         let (byte, last) = self.wire.take().unwrap_or((0, false));
+        METRICS.uart.read_count.inc();
         self.drained |= last;
         byte
     }

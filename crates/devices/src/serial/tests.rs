@@ -493,3 +493,17 @@ fn ten_megabytes_reach_an_interrupt_driven_guest_that_resets_its_fifo() {
     });
     assert_eq!(bench.wire.room(), CAPACITY);
 }
+
+#[test]
+fn bytes_are_counted_both_ways() {
+    // Other tests of this process count there, too.
+    let uart = &husk_metrics::METRICS.uart;
+    let (written, read) = (uart.write_count.total(), uart.read_count.total());
+    let bench = bench();
+    bench.serial.write_many(0, b"hello");
+    assert!(uart.write_count.total() >= written + 5);
+    bench.wire.offer(b"x");
+    BusDevice::write(&*bench.serial, IER, &[RDI]);
+    assert_eq!(bench.read(RBR), b'x');
+    assert!(uart.read_count.total() > read);
+}

@@ -20,6 +20,7 @@ mod stream;
 mod tests;
 mod unix;
 
+use husk_metrics::{METRICS, VsockMetrics};
 use husk_virtio::{
     ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, DeviceState, GuestMemory, QueueError,
     VirtioDevice,
@@ -76,21 +77,30 @@ pub struct Vsock {
     chain: Chain,
     /// The driver believes in connections that are gone, and is to be told.
     transport_reset: bool,
+    metrics: Arc<VsockMetrics>,
 }
 
 impl Vsock {
     /// Listen on `config.uds_path`, where nothing may be. The socket is removed when the device is dropped.
     pub fn new(config: &husk_config::Vsock) -> Result<Self, Error> {
+        Self::with_metrics(config, METRICS.vsock.member(""))
+    }
+
+    fn with_metrics(
+        config: &husk_config::Vsock,
+        metrics: Arc<VsockMetrics>,
+    ) -> Result<Self, Error> {
         let cid = u64::from(config.guest_cid);
         Ok(Self {
             config: ConfigSpace::new(cid.to_le_bytes().to_vec()),
-            muxer: Muxer::new(cid, &config.uds_path)?,
+            muxer: Muxer::new(cid, &config.uds_path, Arc::clone(&metrics))?,
             rx: None,
             tx: None,
             event: None,
             mem: None,
             chain: Chain::default(),
             transport_reset: false,
+            metrics,
         })
     }
 
@@ -111,7 +121,9 @@ impl Vsock {
             return Ok(false);
         };
         let (muxer, chain) = (&mut self.muxer, &mut self.chain);
-        receive(queue, mem, muxer, chain).map_err(|error| match error {
+        let received = receive(queue, mem, muxer, chain);
+        let received = received.inspect_err(|_| self.metrics.tx_queue_event_fails.inc());
+        received.map_err(|error| match error {
             ReceiveError::NoHeader => DeviceError::Driver("sent a vsock packet with no header"),
             ReceiveError::Memory(error) => DeviceError::Queue(TX, error),
         })
@@ -123,7 +135,11 @@ impl Vsock {
             return Ok(false);
         };
         let (muxer, chain) = (&mut self.muxer, &mut self.chain);
-        match send(queue, mem, muxer, chain) {
+        let sent = send(queue, mem, muxer, chain);
+        if !matches!(sent, Ok(Some(_))) {
+            self.metrics.rx_queue_event_fails.inc();
+        }
+        match sent {
             Ok(Some(more)) => Ok(more),
             Ok(None) => Err(DeviceError::Driver(
                 "gave a vsock receive buffer with no room for data",
@@ -270,9 +286,14 @@ impl VirtioDevice for Vsock {
 
     fn queue_ready(&mut self, index: u16) -> Result<(), DeviceError> {
         match index {
-            EVENT => self.tell_reset(),
-            _ => self.run(),
+            EVENT => {
+                let told = self.tell_reset();
+                return told.inspect_err(|_| self.metrics.ev_queue_event_fails.inc());
+            }
+            RX => self.metrics.rx_queue_event_count.inc(),
+            _ => self.metrics.tx_queue_event_count.inc(),
         }
+        self.run()
     }
 
     fn sources(&self) -> Vec<(RawFd, u32)> {
@@ -281,6 +302,7 @@ impl VirtioDevice for Vsock {
 
     fn source_ready(&mut self, _token: u32) -> Result<(), DeviceError> {
         let polled = self.muxer.poll();
+        let polled = polled.inspect_err(|_| self.metrics.muxer_event_fails.inc());
         polled.map_err(|e| DeviceError::Host("cannot wait for vsock's sockets", e))?;
         self.run()
     }

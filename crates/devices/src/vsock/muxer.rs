@@ -7,6 +7,7 @@ use super::ring::Rings;
 use super::slots::Slots;
 use super::stream::{Ports, Stream};
 use super::unix::{Greeting, Listener, Waiter, Who};
+use husk_metrics::VsockMetrics;
 use husk_virtio::{Chain, GuestMemory, QueueError};
 use rustix::event::epoll;
 use std::collections::{HashMap, VecDeque};
@@ -14,6 +15,7 @@ use std::io::ErrorKind;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Connections at a time, with those that programs of the host have not asked for yet.
@@ -62,11 +64,12 @@ pub struct Muxer {
     accepting: bool,
     /// A tick is coming.
     ticking: bool,
+    metrics: Arc<VsockMetrics>,
 }
 
 impl Muxer {
     /// For the guest with context ID `cid`, and programs of the host that connect to `path`.
-    pub fn new(cid: u64, path: &Path) -> Result<Self, Error> {
+    pub fn new(cid: u64, path: &Path, metrics: Arc<VsockMetrics>) -> Result<Self, Error> {
         let listener = Listener::bind(path)?;
         let waiter = Waiter::new(&listener).map_err(|e| Error::Wait(path.into(), e))?;
         Ok(Self {
@@ -83,6 +86,7 @@ impl Muxer {
             next_port: 0,
             accepting: true,
             ticking: false,
+            metrics,
         })
     }
 
@@ -116,6 +120,7 @@ impl Muxer {
                     self.settle(number);
                     continue;
                 }
+                self.metrics.conns_removed.inc();
             }
             self.peers.remove(number);
         }
@@ -182,7 +187,11 @@ impl Muxer {
             };
             match self.peers.get_mut(number) {
                 Some(Peer::Stream(stream)) if stream.has_deadline() => {
+                    let was_over = stream.is_over();
                     stream.tick(&mut self.rings);
+                    if stream.is_over() && !was_over {
+                        self.metrics.conns_killed.inc();
+                    }
                     self.settle(number);
                 }
                 Some(Peer::Greeting(_, _, 0)) => self.remove(number),
@@ -239,7 +248,9 @@ impl Muxer {
         let watched = match self.peers.get_mut(number)? {
             Peer::Greeting(stream, ..) => self.waiter.add(stream, number),
             Peer::Dialled(..) => Ok(()),
-            Peer::Stream(stream) => stream.watch(&self.waiter, number),
+            Peer::Stream(stream) => stream
+                .watch(&self.waiter, number)
+                .inspect(|()| self.metrics.conns_added.inc()),
         };
         if let Err(e) = watched {
             log::debug!("vsock cannot wait for one more connection: {e}");
@@ -274,6 +285,7 @@ impl Muxer {
             other => other,
         });
         self.greetings -= 1;
+        self.metrics.conns_added.inc();
         self.numbers.insert(ports, number);
         self.settle(number);
     }
@@ -316,8 +328,13 @@ impl Muxer {
     fn remove(&mut self, number: u64) {
         match self.peers.remove(number) {
             Some(Peer::Greeting(..)) => self.greetings -= 1,
-            // Without this, a guest that opens and resets connections and takes no packets lets the list grow.
-            Some(Peer::Stream(stream)) if stream.queued => self.ready.retain(|&n| n != number),
+            Some(Peer::Stream(stream)) => {
+                self.metrics.conns_removed.inc();
+                // Without this, a guest that opens and resets connections and takes no packets lets the list grow.
+                if stream.queued {
+                    self.ready.retain(|&n| n != number);
+                }
+            }
             Some(Peer::Dialled(header, _)) => {
                 self.numbers.remove(&Ports::of(&header));
                 self.dialled.retain(|&n| n != number);
@@ -339,6 +356,7 @@ impl Muxer {
             log::debug!("a guest sends vsock packets for {}", header.src_cid);
             return Ok(());
         }
+        self.metrics.tx_packets_count.inc();
         let ports = Ports::of(&header);
         let whole = u64::from(header.len) <= chain.readable_length() - HEADER_SIZE as u64;
         let known = self.numbers.get(&ports).copied();
@@ -347,7 +365,8 @@ impl Muxer {
         } else if let Some(number) = known {
             match self.peers.get_mut(number) {
                 Some(Peer::Stream(stream)) if whole => {
-                    stream.receive(&header, mem, chain, &mut self.rings)?;
+                    let taken = stream.receive(&header, mem, chain, &mut self.rings)?;
+                    self.metrics.tx_bytes_count.add(taken.into());
                 }
                 Some(Peer::Stream(stream)) => stream.abort(&mut self.rings),
                 // Whatever the guest wants, it does not wait any more.
@@ -406,6 +425,7 @@ impl Muxer {
             match self.listener.connect(header.dst_port) {
                 Ok(socket) if self.waiter.add(&socket, number).is_ok() => {
                     self.peers.change(number, |_| accepted(&header, socket));
+                    self.metrics.conns_added.inc();
                     self.settle(number);
                 }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => self.dialled.push_back(number),
@@ -451,6 +471,7 @@ impl Muxer {
     pub fn send(&mut self, mem: &GuestMemory, chain: &Chain) -> Result<Option<u32>, QueueError> {
         if let Some(header) = self.answers.pop_front() {
             header.write(mem, chain)?;
+            self.metrics.rx_packets_count.inc();
             return Ok(Some(HEADER_SIZE as u32));
         }
         while let Some(number) = self.ready.pop_front() {
@@ -460,7 +481,10 @@ impl Muxer {
             stream.queued = false;
             let sent = stream.send(self.cid, mem, chain, &mut self.rings)?;
             self.settle(number);
-            if sent.is_some() {
+            if let Some(written) = sent {
+                let data = u64::from(written).saturating_sub(HEADER_SIZE as u64);
+                self.metrics.rx_packets_count.inc();
+                self.metrics.rx_bytes_count.add(data);
                 return Ok(sent);
             }
         }

@@ -4,6 +4,7 @@ use super::connection::{Connection, Reaction};
 use super::packet::{HEADER_SIZE, HOST_CID, Header, TYPE_STREAM, operation};
 use super::ring::{Ring, Rings};
 use super::unix::{Waiter, is_writable, read_packet, write_packet};
+use husk_metrics::METRICS;
 use husk_virtio::{Chain, GuestMemory, QueueError};
 use rustix::event::epoll::EventFlags;
 use std::io::{self, Write};
@@ -84,21 +85,25 @@ impl Stream {
         }
     }
 
-    /// A packet from the guest, with its header; its data is there.
+    /// A packet from the guest, with its header; its data is there. The bytes of data that were taken.
     pub fn receive(
         &mut self,
         header: &Header,
         mem: &GuestMemory,
         chain: &Chain,
         rings: &mut Rings,
-    ) -> Result<(), QueueError> {
+    ) -> Result<u32, QueueError> {
+        let mut taken = 0;
         match self.connection.receive(header) {
             Reaction::Nothing => {}
             Reaction::Opened => self.greet(),
-            Reaction::Data => self.take(header.len, mem, chain, rings)?,
+            Reaction::Data => {
+                self.take(header.len, mem, chain, rings)?;
+                taken = header.len;
+            }
         }
         self.settle(rings);
-        Ok(())
+        Ok(taken)
     }
 
     /// Tell the host's program that the guest has accepted. It is the first that is written, so there is room for it.
@@ -128,6 +133,7 @@ impl Stream {
             match write_packet(socket, mem, &chain.readable, length) {
                 Ok(count) => done = count,
                 Err(error) => {
+                    METRICS.vsock.member("").tx_write_fails.inc();
                     log::debug!("a vsock connection's socket takes no more: {error}");
                     self.connection.host_receives_no_more();
                     done = length;
@@ -168,6 +174,7 @@ impl Stream {
                 self.writable = ring.len() == 0;
             }
             Err(error) => {
+                METRICS.vsock.member("").tx_flush_fails.inc();
                 log::debug!("a vsock connection's socket takes no more: {error}");
                 self.connection.host_receives_no_more();
             }
@@ -239,6 +246,11 @@ impl Stream {
                 return;
             }
         }
+    }
+
+    /// Whether the guest has done with it, or has been told to.
+    pub fn is_over(&self) -> bool {
+        self.connection.is_over()
     }
 
     /// Whether [`Stream::send`] may have something.
@@ -320,6 +332,7 @@ impl Stream {
             Err(error) => {
                 self.readable = false;
                 if error.kind() != io::ErrorKind::WouldBlock {
+                    METRICS.vsock.member("").rx_read_fails.inc();
                     log::debug!("a vsock connection's socket fails: {error}");
                     self.connection.host_sends_no_more();
                     self.connection.host_receives_no_more();

@@ -612,3 +612,40 @@ fn the_socket_is_never_anothers() {
     assert!(path.exists());
     assert!(matches!(refusal(&path.join("x")), Error::Listen(..)));
 }
+
+#[test]
+fn packets_bytes_and_connections_are_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("v");
+    let listener = UnixListener::bind(folder.path().join("v_52")).unwrap();
+    let metrics = Arc::new(VsockMetrics::default());
+    let config = husk_config::Vsock {
+        guest_cid: CID as u32,
+        uds_path: path,
+        vsock_id: None,
+    };
+    let device = Vsock::with_metrics(&config, Arc::clone(&metrics)).unwrap();
+    let thread = Arc::new(DeviceThread::start("vsock", || ()).unwrap());
+    let mem = memory();
+    let registers = Box::new(Mmio::new(Box::new(device), &thread, &mem));
+    let mut driver = Driver::new(registers, mem);
+    driver.start(u64::MAX, 64);
+    let mut guest = Guest::new(&mut driver, &[4096], 32, &[HEADER_SIZE]);
+    let mut socket = Socket::connect(&mut guest, 1000, 52);
+    let mut host = accept(&listener);
+    socket.write(&mut guest, b"ping");
+    host.read_exact(&mut [0; 4]).unwrap();
+    host.write_all(b"pong back").unwrap();
+    while socket.data.len() < 9 {
+        socket.pump(&mut guest);
+    }
+    socket.close(&mut guest);
+    assert_ended(&host);
+    let m = &metrics;
+    assert_eq!((m.tx_bytes_count.total(), m.rx_bytes_count.total()), (4, 9));
+    // From the guest: REQUEST, RW, SHUTDOWN at least. To it: RESPONSE, RW, RST at least.
+    assert!(m.tx_packets_count.total() >= 3 && m.rx_packets_count.total() >= 3);
+    assert!(m.tx_queue_event_count.total() >= 3);
+    assert_eq!((m.conns_added.total(), m.conns_removed.total()), (1, 1));
+    assert_eq!(m.conns_killed.total(), 0);
+}

@@ -58,6 +58,7 @@ impl Line {
     /// An edge, unless the driver has still to acknowledge one for the same cause: it looks at its queues after that.
     fn raise(&self, cause: u32) {
         if self.status.fetch_or(cause, Ordering::AcqRel) & cause == 0 {
+            husk_metrics::METRICS.interrupts.triggers.inc();
             // At its maximum the counter is pending already.
             let _ = self.line.write(1);
         }

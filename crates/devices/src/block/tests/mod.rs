@@ -250,3 +250,44 @@ fn disks_of_all_kinds_survive_every_driver() {
 fn open_again(drive: &Drive) -> Block {
     Block::new(drive).unwrap()
 }
+
+#[test]
+fn requests_bytes_and_failures_are_counted() {
+    for engine in ENGINES {
+        let folder = folder();
+        let mut drive = Drive::new("disk0", image(folder.path(), "disk", SIZE));
+        drive.io_engine = engine;
+        drive.cache_type = husk_config::CacheType::Writeback;
+        let mut device = Block::new(&drive).unwrap();
+        let m = Arc::new(husk_metrics::BlockMetrics::default());
+        device.metrics = Arc::clone(&m);
+        let thread = Arc::new(DeviceThread::start("test", || ()).unwrap());
+        let mem = memory();
+        let mut driver = Driver::new(Box::new(Mmio::new(Box::new(device), &thread, &mem)), mem);
+        driver.start(u64::MAX, 256);
+        let place = (0, driver.allocate(BUFFERS));
+        let mut ask = |kind, sector, data: &[u8], room| {
+            request(&mut driver, place, (kind, sector), data, room).0
+        };
+        for sector in [0, 8] {
+            assert_eq!(ask(VIRTIO_BLK_T_IN, sector, &[], 4096), OK);
+        }
+        assert_eq!(ask(VIRTIO_BLK_T_OUT, 1, &[7; 512], 0), OK);
+        assert_eq!(ask(VIRTIO_BLK_T_FLUSH, 0, &[], 0), OK);
+        assert_eq!(ask(VIRTIO_BLK_T_IN, SECTORS, &[], 512), IOERR);
+        assert_eq!(ask(99, 0, &[], 0), UNSUPP);
+        // The file has become shorter: the host fails what is behind its end.
+        let file = std::fs::File::options()
+            .write(true)
+            .open(&drive.path_on_host);
+        file.unwrap().set_len(512).unwrap();
+        assert_eq!(ask(VIRTIO_BLK_T_IN, 8, &[], 512), IOERR);
+        assert_eq!((m.read_count.total(), m.read_bytes.total()), (2, 8192));
+        assert_eq!((m.write_count.total(), m.write_bytes.total()), (1, 512));
+        assert_eq!((m.flush_count.total(), m.execute_fails.total()), (1, 1));
+        assert_eq!(m.invalid_reqs_count.total(), 2);
+        assert_eq!((m.read_agg.count(), m.write_agg.count()), (2, 1));
+        assert!(m.queue_event_count.total() >= 7);
+        assert_eq!(m.event_fails.total(), 0);
+    }
+}

@@ -125,3 +125,34 @@ fn frame(seed: u8, length: usize) -> Vec<u8> {
 fn interface(name: &str) -> NetworkInterface {
     NetworkInterface::new(name)
 }
+
+#[test]
+fn packets_and_bytes_are_counted_both_ways() {
+    let (backend, far) = pipe(1);
+    let mut net = Net::with_backend(&interface("eth0"), Box::new(backend)).unwrap();
+    let m = Arc::new(NetMetrics::default());
+    net.metrics = Arc::clone(&m);
+    let mut rig = Rig::start(net, 0);
+    for seed in 0..3 {
+        rig.send(1, &frame(seed, 100));
+        far.wait(0);
+    }
+    rig.send(1, &frame(0, 3));
+    let given = rig.give(0, 8, 2048);
+    for seed in 0..2 {
+        far.send(0, &frame(seed, 200));
+        rig.take(0, &given);
+    }
+    assert_eq!(
+        (m.tx_packets_count.total(), m.tx_bytes_count.total()),
+        (3, 300)
+    );
+    assert_eq!((m.tx_count.total(), m.tap_write_agg.count()), (3, 3));
+    assert_eq!((m.tx_malformed_frames.total(), m.tx_fails.total()), (1, 1));
+    assert_eq!(
+        (m.rx_packets_count.total(), m.rx_bytes_count.total()),
+        (2, 400)
+    );
+    assert_eq!((m.rx_count.total(), m.rx_fails.total()), (2, 0));
+    assert!(m.tx_queue_event_count.total() >= 4 && m.rx_queue_event_count.total() >= 1);
+}
