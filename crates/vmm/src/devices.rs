@@ -12,6 +12,7 @@ use husk_devices::net::Net;
 use husk_devices::vsock::Vsock;
 use husk_kvm::MsiVectors;
 use husk_mmds::{Mmds, Server, Stack};
+use husk_metrics::METRICS;
 use husk_pci::{HostBridge, Message, MsiSink, Relocate};
 use husk_virtio::transport::mmio::MmioTransport;
 use husk_virtio::transport::pci::PciTransport;
@@ -402,6 +403,7 @@ impl MsiSink for Vectors {
             .iter()
             .map(|(vector, message)| (*vector, message.address, message.data))
             .collect();
+        METRICS.interrupts.config_updates.inc();
         if let Err(e) = self.0.set(&messages) {
             // A guest can write any number of messages that KVM refuses.
             log::debug!(
@@ -412,6 +414,7 @@ impl MsiSink for Vectors {
     }
 
     fn trigger(&self, vector: u16) {
+        METRICS.interrupts.triggers.inc();
         self.0.trigger(vector);
     }
 }

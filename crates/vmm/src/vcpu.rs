@@ -6,11 +6,12 @@ use crate::timeline::{Phase, Timeline};
 use husk_bus::Bus;
 use husk_devices::{GuestEvent, GuestEvents};
 use husk_kvm::{Exit, Vcpu};
+use husk_metrics::{METRICS, VcpuMetrics};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 /// What all vCPU threads of a VM share.
@@ -130,6 +131,7 @@ pub fn enter(index: u32, vcpu: &mut Vcpu, shared: &Shared, ready: Result<(), cra
 fn run(index: u32, vcpu: &mut Vcpu, shared: &Shared) {
     let mut first = index == 0;
     let mut asked = 0;
+    let metrics = METRICS.vcpu.member(&index.to_string());
     while !shared.lifecycle.has_ended() {
         if shared.pause.is_wanted() {
             shared.pause.park(|| shared.lifecycle.has_ended());
@@ -145,9 +147,12 @@ fn run(index: u32, vcpu: &mut Vcpu, shared: &Shared) {
                 if let Some(counts) = &shared.exits {
                     count(&exit, counts);
                 }
-                handle(exit, shared)
+                measure(exit, shared, &metrics)
             }
-            Err(e) => Some(Outcome::Kvm(crate::error::chain(&e))),
+            Err(e) => {
+                metrics.failures.inc();
+                Some(Outcome::Kvm(crate::error::chain(&e)))
+            }
         };
         if let Some(outcome) = end {
             if outcome == Outcome::TripleFault || matches!(outcome, Outcome::Kvm(_)) {
@@ -163,6 +168,31 @@ fn run(index: u32, vcpu: &mut Vcpu, shared: &Shared) {
             }
         }
     }
+}
+
+/// Answer an exit, and count it. Some when it ends the VM.
+fn measure(exit: Exit<'_>, shared: &Shared, metrics: &VcpuMetrics) -> Option<Outcome> {
+    let m = metrics;
+    let (count, latency) = match &exit {
+        Exit::PortIn { .. } => (&m.exit_io_in, Some(&m.exit_io_in_agg)),
+        Exit::PortOut { .. } => (&m.exit_io_out, Some(&m.exit_io_out_agg)),
+        Exit::MmioRead { .. } => (&m.exit_mmio_read, Some(&m.exit_mmio_read_agg)),
+        Exit::MmioWrite { .. } => (&m.exit_mmio_write, Some(&m.exit_mmio_write_agg)),
+        Exit::Interrupted => (&m.exit_interrupted, None),
+        Exit::Halt => (&m.exit_halt, None),
+        Exit::Shutdown => (&m.exit_shutdown, None),
+        Exit::SystemEvent(_) => (&m.exit_system_event, None),
+        Exit::FailEntry(_) | Exit::InternalError { .. } | Exit::Unexpected(_) => {
+            (&m.failures, None)
+        }
+    };
+    count.inc();
+    let begun = latency.map(|latency| (latency, Instant::now()));
+    let outcome = handle(exit, shared);
+    if let Some((latency, begun)) = begun {
+        latency.record(begun.elapsed());
+    }
+    outcome
 }
 
 /// Answer an exit. Some when it ends the VM.
