@@ -10,6 +10,7 @@
 mod cpu;
 mod devices;
 mod error;
+mod logging;
 mod machine;
 mod mmds;
 mod request;
@@ -24,6 +25,7 @@ pub use devices::{
     RateLimiter, Serial, TokenBucket, UserNetwork, Vsock,
 };
 pub use error::Error;
+pub use logging::{LogLevel, Logger, Metrics};
 pub use machine::HugePages;
 pub use mmds::{MmdsConfig, MmdsVersion};
 pub use request::{
@@ -103,6 +105,12 @@ pub struct VmConfig {
     /// Devices are on PCI instead of MMIO.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pci: bool,
+    /// Log messages.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logger: Option<Logger>,
+    /// Metrics.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Metrics>,
 }
 
 /// The kernel, its initrd and its command line.
