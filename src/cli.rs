@@ -9,8 +9,15 @@ use std::path::PathBuf;
 #[command(name = "husk", version, propagate_version = true, max_term_width = 100, after_help = EXIT_STATUS)]
 pub struct Cli {
     /// How much Husk says of itself, on stderr or in --log-file; the guest's console never carries it
-    #[arg(long, global = true, value_enum, default_value_t = Level::Warn, value_name = "LEVEL", help_heading = "Logging")]
-    pub log_level: Level,
+    /// [default: warn]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        value_name = "LEVEL",
+        help_heading = "Logging"
+    )]
+    pub log_level: Option<Level>,
 
     /// Append log messages to this file instead of stderr
     #[arg(long, global = true, value_name = "PATH", help_heading = "Logging")]
@@ -188,6 +195,9 @@ pub struct RunArgs {
     /// Let the VM be steered over a Unix socket too, as with `husk serve`
     #[arg(long, value_name = "PATH", help_heading = "The machine")]
     pub api_sock: Option<PathBuf>,
+    /// Append metrics to this file or FIFO, a line of JSON in Firecracker's shape every 60 s and at the end
+    #[arg(long, value_name = "PATH", help_heading = "Logging")]
+    pub metrics_path: Option<PathBuf>,
 
     /// At the end, print on stderr when each phase of the boot was reached
     #[arg(long, help_heading = "Logging")]

@@ -6,6 +6,7 @@ mod devices;
 mod guest;
 mod logging;
 mod metadata;
+mod metrics;
 mod run;
 mod serial;
 mod serve;
@@ -53,11 +54,12 @@ impl From<husk_vmm::Error> for Failure {
 fn main() -> ExitCode {
     let start = Instant::now();
     husk_console::install_panic_hook();
+    metrics::install_panic_hook();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    if let Err(message) = logging::start(cli.log_level.into(), cli.log_file.as_deref()) {
+    if let Err(message) = logging::start(cli.log_level.map(Into::into), cli.log_file.as_deref()) {
         return report(Failure::usage(message));
     }
     let result = match cli.command {

@@ -1,7 +1,7 @@
 //! `husk run`: from flags to a VM, and the main thread's loop while it lives.
 
 use crate::cli::RunArgs;
-use crate::{Failure, devices, guest, metadata};
+use crate::{Failure, devices, guest, logging, metadata, metrics};
 use husk_config::{Answer, OnReboot, VmConfig, VmmRequest, default_boot_args, parse_mib};
 use husk_console::{ConsoleEvent, Input, Output, Terminal};
 use husk_loader::Cache;
@@ -56,6 +56,12 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
     let cache = Cache::from_environment();
     let (mut config, _initrd) = configuration(arguments, &cache)?;
     let mmds = metadata::store(arguments, &mut config)?;
+    if let Some(logger) = &config.logger {
+        logging::configure_below_flags(logger).map_err(Failure::usage)?;
+    }
+    if let Some(settings) = &config.metrics {
+        metrics::configure(settings)?;
+    }
 
     let api = match &arguments.api_sock {
         Some(path) => Some(ApiSocket::bind(path, husk_api::MAX_BODY)?),
@@ -321,6 +327,7 @@ impl Session {
         let result = session.run(first, ears);
         // Before anything is printed: no line must land in a raw terminal.
         Terminal::emergency_restore();
+        metrics::flush();
         if let Some(api) = api {
             let (reason, status) = match &result {
                 Ok(end) => (end.reason.clone(), end.status),
@@ -599,7 +606,12 @@ impl Chores {
 
     fn pause(&self) -> Duration {
         let press = self.press.map(|(at, _)| at);
-        let all = [self.give_up, press, Some(self.look)];
+        let all = [
+            self.give_up,
+            press,
+            Some(self.look),
+            husk_metrics::next_flush(),
+        ];
         let next = all.into_iter().flatten().min().unwrap_or(self.look);
         next.saturating_duration_since(Instant::now())
     }
@@ -607,6 +619,7 @@ impl Chores {
     /// Do what is due.
     fn due(&mut self, vmm: &mut Vmm) -> Option<Chore> {
         let now = Instant::now();
+        metrics::flush_if_due(now);
         if self.give_up.is_some_and(|at| at <= now) {
             return Some(Chore::GiveUp);
         }
@@ -681,6 +694,10 @@ fn configuration(arguments: &RunArgs, cache: &Cache) -> Result<(VmConfig, Option
     }
     if let Some(on_reboot) = arguments.on_reboot {
         config.on_reboot = on_reboot.into();
+    }
+    if let Some(path) = &arguments.metrics_path {
+        let metrics_path = path.clone();
+        config.metrics = Some(husk_config::Metrics { metrics_path });
     }
     add_devices(&mut config, arguments).map_err(Failure::usage)?;
     let (initrd, taken) = default_guest(&mut config, cache)?;

@@ -106,10 +106,10 @@ pub struct VmConfig {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pci: bool,
     /// Log messages.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub logger: Option<Logger>,
     /// Metrics.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub metrics: Option<Metrics>,
 }
 
