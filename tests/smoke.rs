@@ -7,6 +7,8 @@ mod common;
 mod errors;
 #[path = "smoke/machine.rs"]
 mod machine;
+#[path = "smoke/metrics.rs"]
+mod metrics;
 #[path = "smoke/settings.rs"]
 mod settings;
 
