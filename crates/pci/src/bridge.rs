@@ -37,11 +37,12 @@ pub trait Relocate: Send + Sync {
 /// A host bridge with one bus. Put its [`Ecam`] and its [`Window`] on the memory bus.
 pub struct HostBridge {
     window: Range<u64>,
-    slots: Mutex<Vec<Slot>>,
+    /// By device number.
+    slots: Mutex<Vec<Option<Slot>>>,
     placed: RwLock<Vec<Placed>>,
 }
 
-/// A function, by its device number.
+/// A function.
 struct Slot {
     function: Arc<dyn Function>,
     size: u64,
@@ -78,7 +79,7 @@ impl HostBridge {
         let end = window.end.min(1 << 32);
         Arc::new(Self {
             window: window.start..end,
-            slots: Mutex::new(vec![root]),
+            slots: Mutex::new(vec![Some(root)]),
             placed: RwLock::new(Vec::new()),
         })
     }
@@ -91,7 +92,8 @@ impl HostBridge {
         relocate: Option<Box<dyn Relocate>>,
     ) -> Result<u8, Error> {
         let mut slots = lock(&self.slots);
-        let device = slots.len();
+        let free = slots.iter().position(Option::is_none);
+        let device = free.unwrap_or(slots.len());
         if device >= MAX_FUNCTIONS {
             return Err(Error::Full);
         }
@@ -100,14 +102,35 @@ impl HostBridge {
             let address = self.find_place(&slots, size).ok_or(Error::Window(size))?;
             lock(function.config()).assign_bar(address);
         }
-        slots.push(Slot {
+        let slot = Some(Slot {
             function,
             size: size.into(),
             doorbells: None,
             relocate,
         });
+        match slots.get_mut(device) {
+            Some(place) => *place = slot,
+            None => slots.push(slot),
+        }
         self.settle(&mut slots);
         Ok(device as u8)
+    }
+
+    /// Take the function with this device number off the bus: `relocate` hears that nothing of it is to be registered any
+    /// more. Accesses that are under way may still reach it. The bridge itself stays.
+    pub fn remove(&self, device: u8) {
+        let mut slots = lock(&self.slots);
+        let place = slots
+            .iter_mut()
+            .skip(1)
+            .nth(usize::from(device).wrapping_sub(1));
+        let Some(mut slot) = place.and_then(Option::take) else {
+            return;
+        };
+        self.settle(&mut slots);
+        if slot.doorbells.is_some() {
+            slot.relocate(None);
+        }
     }
 
     /// The configuration spaces, for the memory bus.
@@ -121,12 +144,13 @@ impl HostBridge {
     }
 
     /// A multiple of `size` in the window where no BAR is, nor doorbells that were left behind.
-    fn find_place(&self, slots: &[Slot], size: u32) -> Option<u32> {
+    fn find_place(&self, slots: &[Option<Slot>], size: u32) -> Option<u32> {
         let length = u64::from(size);
         let placed = self.placed.read().unwrap_or_else(PoisonError::into_inner);
         let bars = placed.iter().map(|placed| placed.range.clone());
         let doorbells = slots
             .iter()
+            .flatten()
             .filter_map(|slot| Some(slot.doorbells?..slot.doorbells? + slot.size));
         let taken: Vec<Range<u64>> = bars.chain(doorbells).collect();
         let mut start = self.window.start.checked_next_multiple_of(length)?;
@@ -144,15 +168,16 @@ impl HostBridge {
 
     /// After any change of a BAR or of decoding: BARs that have moved away stop answering, those that have a place now
     /// answer there, and doorbells follow. A BAR over another, or outside the window, answers nowhere.
-    fn settle(&self, slots: &mut [Slot]) {
+    fn settle(&self, slots: &mut [Option<Slot>]) {
         let wanted: Vec<Option<u64>> = slots
             .iter()
-            .map(|slot| lock(slot.function.config()).bar())
+            .map(|slot| lock(slot.as_ref()?.function.config()).bar())
             .collect();
         let mut table = self.placed.write().unwrap_or_else(PoisonError::into_inner);
         table.retain(|placed| wanted.get(placed.device) == Some(&Some(placed.range.start)));
         for ((device, slot), start) in slots.iter().enumerate().zip(wanted) {
-            let Some(range) = start.and_then(|start| Some(start..start.checked_add(slot.size)?))
+            let range = |slot: &Slot| Some(start?..start?.checked_add(slot.size)?);
+            let Some((slot, range)) = slot.as_ref().and_then(|slot| Some((slot, range(slot)?)))
             else {
                 continue;
             };
@@ -183,9 +208,10 @@ impl HostBridge {
 }
 
 /// Only where something changes hands: a guest that sizes its BARs at boot, with decoding off, costs nothing here.
-fn move_doorbells(slots: &mut [Slot], placed: &[Placed]) {
+fn move_doorbells(slots: &mut [Option<Slot>], placed: &[Placed]) {
     for bar in placed {
-        for (device, slot) in slots.iter_mut().enumerate() {
+        let filled = slots.iter_mut().enumerate();
+        for (device, slot) in filled.filter_map(|(device, slot)| Some((device, slot.as_mut()?))) {
             let Some(old) = slot.doorbells else { continue };
             let moved = device == bar.device && old != bar.range.start;
             let in_the_way = device != bar.device && overlap(&(old..old + slot.size), &bar.range);
@@ -195,7 +221,7 @@ fn move_doorbells(slots: &mut [Slot], placed: &[Placed]) {
         }
     }
     for bar in placed {
-        if let Some(slot) = slots.get_mut(bar.device)
+        if let Some(Some(slot)) = slots.get_mut(bar.device)
             && slot.doorbells.is_none()
         {
             slot.relocate(Some(bar.range.start));
@@ -225,11 +251,11 @@ const FUNCTION_SIZE: u64 = 0x1000;
 
 impl Ecam {
     /// The function at `offset`, the register in it, and how many of `length` bytes are its.
-    fn decode(slots: &[Slot], offset: u64, length: usize) -> Option<(&Slot, u16, usize)> {
+    fn decode(slots: &[Option<Slot>], offset: u64, length: usize) -> Option<(&Slot, u16, usize)> {
         let (number, register) = (offset / FUNCTION_SIZE, offset % FUNCTION_SIZE);
         // Function 0 of each device; the others are absent.
         let device = number.is_multiple_of(8).then_some(number / 8)?;
-        let slot = slots.get(usize::try_from(device).ok()?)?;
+        let slot = slots.get(usize::try_from(device).ok()?)?.as_ref()?;
         let within = length.min((FUNCTION_SIZE - register) as usize);
         Some((slot, register as u16, within))
     }

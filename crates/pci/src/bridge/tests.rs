@@ -261,3 +261,29 @@ fn no_access_to_the_bus_can_break_it() {
         assert_eq!(setup.get(device, 0), 0x5678_1234);
     }
 }
+
+#[test]
+fn a_function_that_is_removed_leaves_nothing_and_its_place_is_filled_again() {
+    let setup = Setup::new(3);
+    let bar = u64::from(setup.get(2, 0x10) & !0xf);
+    assert_eq!(setup.answers(bar), Some((1, 0)));
+    setup.moves(1);
+    setup.bridge.remove(2);
+    assert_eq!(setup.get(2, 0), u32::MAX);
+    assert_eq!(setup.answers(bar), None);
+    assert_eq!(setup.moves(1), [(Some(bar), None)]);
+    // Not once more, not the bridge itself, and nothing that is not there.
+    for device in [2, 0, 31, 255] {
+        setup.bridge.remove(device);
+    }
+    assert_eq!(setup.get(0, 0), 0x0008_1b36);
+    setup.set(2, 0x10, bar as u32);
+    // The others stay, and the free place is taken first.
+    assert_ne!(setup.get(1, 0), u32::MAX);
+    assert_ne!(setup.get(3, 0), u32::MAX);
+    let new = Probe::new(SIZE);
+    assert_eq!(setup.bridge.add(new.clone(), None), Ok(2));
+    assert_eq!(u64::from(setup.get(2, 0x10) & !0xf), bar);
+    setup.bridge.window().write(bar - WINDOW.start + 8, &[7]);
+    assert_eq!(*new.last.lock().unwrap(), (8, vec![7]));
+}
