@@ -1,7 +1,7 @@
 //! The devices of a Husk VM, each driven only through [`husk_bus::BusDevice`], event fds and the traits
 //! in this crate, so that every one of them runs and is tested without `/dev/kvm`.
 //!
-//! The platform's devices ([`serial`], [`power`], [`i8042`], [`pvpanic`]) are registers on a bus; the others are virtio devices
+//! The platform's devices ([`serial`], [`power`], [`i8042`], [`keyboard`], [`pvpanic`], [`boot_timer`], [`pci_hotplug`]) are registers on a bus; the others are virtio devices
 //! ([`husk_virtio::VirtioDevice`]).
 //!
 //! **Architecture Invariant:** no KVM, and no thread is started here. The platform's devices open nothing; what must wait for
@@ -10,9 +10,12 @@
 
 pub mod balloon;
 pub mod block;
+pub mod boot_timer;
 pub mod entropy;
 pub mod i8042;
+pub mod keyboard;
 pub mod net;
+pub mod pci_hotplug;
 pub mod power;
 pub mod pvpanic;
 pub mod rate_limiter;

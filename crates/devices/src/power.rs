@@ -25,6 +25,9 @@ pub const SLEEP_TYPE_S5: u8 = 5;
 /// Bit of [`EVENTS`]: the power button was pressed.
 pub const EVENT_POWER_BUTTON: u8 = 1;
 
+/// Bit of [`EVENTS`]: a device came to the PCI bus, or shall go.
+pub const EVENT_PCI: u8 = 2;
+
 const SLEEP_TYPE_SHIFT: u8 = 2;
 const SLEEP_TYPE_MASK: u8 = 7;
 const SLEEP_ENABLE: u8 = 1 << 5;
@@ -50,6 +53,20 @@ impl PowerPorts {
     pub fn press_power_button(&self) {
         self.pending.fetch_or(EVENT_POWER_BUTTON, Ordering::AcqRel);
         pulse(&self.irq);
+    }
+
+    /// Have the guest look at the PCI bus's slots ([`crate::pci_hotplug`]).
+    pub fn notify_pci(&self) {
+        self.pending.fetch_or(EVENT_PCI, Ordering::AcqRel);
+        pulse(&self.irq);
+    }
+
+    /// Interrupt again for events that the guest has not taken: an edge that came before its driver was there is lost. For
+    /// whoever can wait.
+    pub fn remind(&self) {
+        if self.pending.load(Ordering::Acquire) != 0 {
+            pulse(&self.irq);
+        }
     }
 
     /// The guest has not taken the last press. An edge that came before its driver was there is lost: press again until
@@ -136,6 +153,21 @@ mod tests {
         assert_eq!(read(&ports, EVENTS), EVENT_POWER_BUTTON);
         assert!(!ports.is_press_pending());
         assert_eq!(read(&ports, EVENTS), 0);
+    }
+
+    #[test]
+    fn the_guest_is_reminded_of_what_it_has_not_taken() {
+        let (ports, _, line) = ports();
+        ports.remind();
+        assert!(line.read().is_err());
+        ports.notify_pci();
+        assert!(!ports.is_press_pending());
+        ports.press_power_button();
+        ports.remind();
+        assert_eq!(line.read().unwrap(), 3);
+        assert_eq!(read(&ports, EVENTS), EVENT_POWER_BUTTON | EVENT_PCI);
+        ports.remind();
+        assert!(line.read().is_err());
     }
 
     #[test]
