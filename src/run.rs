@@ -502,7 +502,7 @@ impl Session {
                 }
                 Ok(Event::Key(ConsoleEvent::PowerButton)) => self.press_power_button(),
                 Ok(Event::Key(ConsoleEvent::Leave)) => return Some(0),
-                Ok(Event::Vm | Event::Down) => {}
+                Ok(Event::Vm | Event::Down) => drop(self.vmm.collect_ejected()),
                 Err(_) => match chores.due(&mut self.vmm) {
                     Some(Chore::GiveUp) => self.vmm.give_up_after_panic(),
                     Some(Chore::Press) => self.press_power_button(),

@@ -34,6 +34,21 @@ pub struct Machine {
 impl Machine {
     /// Boot what `config` describes. Nothing that is waited for may take longer than `limit` in all.
     pub fn boot(config: VmConfig, limit: Duration) -> Self {
+        let mut machine = Self::new(limit);
+        machine.request(VmmRequest::Configure(Box::new(config)));
+        machine.request(VmmRequest::Boot);
+        machine
+    }
+
+    /// What is said of a configuration that cannot be booted.
+    #[track_caller]
+    pub fn refused_boot(config: VmConfig) -> String {
+        let mut machine = Self::new(Duration::from_secs(60));
+        machine.request(VmmRequest::Configure(Box::new(config)));
+        machine.refused(VmmRequest::Boot)
+    }
+
+    fn new(limit: Duration) -> Self {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| husk_vmm::install_kick_handler().unwrap());
         let (wake, woken) = channel();
@@ -49,7 +64,7 @@ impl Machine {
                 let _ = wake.send(());
             }),
         );
-        let mut machine = Self {
+        Self {
             vmm: Vmm::new(host),
             console,
             timeline,
@@ -57,10 +72,7 @@ impl Machine {
             woken,
             seen: 0,
             until: Instant::now() + limit,
-        };
-        machine.request(VmmRequest::Configure(Box::new(config)));
-        machine.request(VmmRequest::Boot);
-        machine
+        }
     }
 
     /// Ask for something that works.

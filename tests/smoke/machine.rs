@@ -1,9 +1,10 @@
 //! What may be asked of a VM, in the test's own process.
 
 use crate::common::machine::Machine;
+use crate::common::{temp_dir, text};
 use crate::{LIMIT, payload};
-use husk_config::{DeviceUpdate, HugePages, VmConfig, VmmRequest};
-use husk_vmm::Outcome;
+use husk_config::{DeviceUpdate, Drive, HugePages, NewDevice, VmConfig, VmmRequest};
+use husk_vmm::{Outcome, Phase};
 use std::time::Duration;
 
 fn config(kernel: &str) -> VmConfig {
@@ -83,4 +84,90 @@ fn the_machines_options_boot() {
     let mut machine = Machine::boot(config, LIMIT);
     assert_eq!(machine.wait_for_end(), Outcome::PowerOff);
     assert_eq!(machine.console.text(), "go\n");
+}
+
+#[test]
+fn ctrl_alt_del_goes_to_the_keyboard_where_a_driver_listens() {
+    let mut config = config(&payload("keyboard", ""));
+    config.keyboard = true;
+    let mut machine = Machine::boot(config, LIMIT);
+    machine.expect("up\n");
+    machine.request(VmmRequest::SendCtrlAltDel);
+    assert_eq!(machine.wait_for_end(), Outcome::Reset);
+    let console = machine.console.text();
+    let keys: Vec<u64> = console["up\n".len()..]
+        .split_whitespace()
+        .map(|key| u64::from_str_radix(key, 16).unwrap())
+        .collect();
+    // Ctrl, Alt and Del pressed and let go, in set 1.
+    assert_eq!(keys, [0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d]);
+}
+
+#[test]
+fn ctrl_alt_del_presses_the_power_button_where_nobody_listens() {
+    for keyboard in [false, true] {
+        let mut config = config(&payload("count", ""));
+        config.keyboard = keyboard;
+        let mut machine = Machine::boot(config, LIMIT);
+        machine.expect("go\n");
+        assert!(!machine.vmm.is_press_pending());
+        machine.request(VmmRequest::SendCtrlAltDel);
+        assert!(machine.vmm.is_press_pending());
+    }
+}
+
+#[test]
+fn the_boot_timer_is_there_when_it_is_asked_for() {
+    for there in [false, true] {
+        let mut config = config(&payload("timer", ""));
+        config.boot_timer = there;
+        let mut machine = Machine::boot(config, LIMIT);
+        assert_eq!(machine.wait_for_end(), Outcome::PowerOff);
+        assert_eq!(machine.console.text(), "up\n");
+        let reached = machine.timeline.reached();
+        let marks = reached.iter().filter(|(phase, _)| *phase == Phase::Mark(1));
+        assert_eq!(marks.count(), usize::from(there));
+    }
+}
+
+#[test]
+fn devices_come_and_go_on_pci_alone() {
+    let drive =
+        |id: &str, path: &str| VmmRequest::Attach(Box::new(NewDevice::Drive(Drive::new(id, path))));
+    let dir = temp_dir();
+    let path = dir.path().join("image");
+    std::fs::write(&path, [0; 4096]).unwrap();
+    let mut machine = Machine::boot(config(&payload("count", "")), LIMIT);
+    let said = machine.refused(drive("one", text(&path)));
+    assert!(said.contains("one") && said.contains("--pci"), "{said}");
+    assert!(machine.vmm.config().drives.is_empty());
+
+    let mut config = config(&payload("count", ""));
+    config.pci = true;
+    let mut machine = Machine::boot(config, LIMIT);
+    let said = machine.refused(drive("one", "/nonexistent"));
+    assert!(said.contains("/nonexistent"), "{said}");
+    assert!(machine.vmm.config().drives.is_empty());
+    let said = machine.refused(VmmRequest::Detach("one".into()));
+    assert!(said.contains("one"), "{said}");
+    machine.request(drive("one", text(&path)));
+    let said = machine.refused(drive("one", text(&path)));
+    assert!(said.contains("twice"), "{said}");
+    // A guest that does not answer keeps it, asked as often as one likes.
+    machine.request(VmmRequest::Detach("one".into()));
+    machine.request(VmmRequest::Pause);
+    machine.request(VmmRequest::Detach("one".into()));
+    assert_eq!(machine.vmm.collect_ejected(), [""; 0]);
+    assert_eq!(machine.vmm.config().drives.len(), 1);
+    // The bus has 31 places.
+    for index in 1..31 {
+        let path = dir.path().join(format!("image{index}"));
+        std::fs::write(&path, [0; 4096]).unwrap();
+        machine.request(drive(&format!("d{index}"), text(&path)));
+    }
+    let other = dir.path().join("other");
+    std::fs::write(&other, [0; 4096]).unwrap();
+    let said = machine.refused(drive("more", text(&other)));
+    assert!(said.contains("32") && said.contains("31"), "{said}");
+    assert_eq!(machine.vmm.config().drives.len(), 31);
 }

@@ -25,6 +25,8 @@ pub struct AcpiConfig<'a> {
     pub virtio_mmio: &'a [MmioSlot],
     /// There is a PCI host bridge, with ECAM at [`layout::PCI_ECAM`] and its window at [`layout::PCI_WINDOW`].
     pub pci: bool,
+    /// There is a keyboard at the i8042.
+    pub keyboard: bool,
 }
 
 /// Registers and interrupt line of a device on virtio-mmio.
@@ -88,7 +90,9 @@ const HEADER_SIZE: u32 = 36;
 /// RSDP size in bytes since ACPI 2.0 (5.2.5.3).
 const RSDP_SIZE: usize = 36;
 
-/// IAPC_BOOT_ARCH (5.2.9.3): do not probe for VGA.
+/// IAPC_BOOT_ARCH (5.2.9.3): there is an 8042, or what looks like one.
+const HAS_8042: u16 = 1 << 1;
+/// IAPC_BOOT_ARCH: do not probe for VGA.
 const NO_VGA: u16 = 1 << 2;
 /// IAPC_BOOT_ARCH: there is no CMOS real-time clock.
 const NO_CMOS_RTC: u16 = 1 << 5;
@@ -134,7 +138,7 @@ pub fn tables(config: &AcpiConfig<'_>, base: u64) -> Result<Vec<u8>, Error> {
         bytes: vec![0; RSDP_SIZE],
     };
     let dsdt = image.add(dsdt(config)?.as_slice());
-    let fadt = image.add(&bytes_of(&fadt(dsdt)));
+    let fadt = image.add(&bytes_of(&fadt(dsdt, config.keyboard)));
     let madt = image.add(madt(cpus).as_slice());
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
@@ -187,7 +191,7 @@ fn io_register(port: u16) -> GAS {
 }
 
 /// 5.2.9. The `PwrButton` and `SlpButton` flags say that there is *no fixed* button.
-fn fadt(dsdt: u64) -> impl Aml {
+fn fadt(dsdt: u64, keyboard: bool) -> impl Aml {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
@@ -196,9 +200,10 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::TmrValExt);
-    // The 8042 bit stays clear, although a write to its port does reset the machine: announced, it
-    // would be probed, at a cost of milliseconds.
-    fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC).into();
+    // Without a keyboard the 8042 bit stays clear, although a write to its port does reset the
+    // machine: announced, it would be probed, at a cost of milliseconds.
+    let i8042 = if keyboard { HAS_8042 } else { 0 };
+    fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC | i8042).into();
     fadt.reset_reg = io_register(layout::RESET_PORT);
     fadt.reset_value = layout::RESET_VALUE;
     fadt.sleep_control_reg = io_register(layout::SLEEP_CONTROL_PORT);
@@ -231,7 +236,10 @@ fn dsdt(config: &AcpiConfig<'_>) -> Result<Sdt, Error> {
     let mut devices = Vec::new();
     com1(&mut devices);
     power_button(&mut devices);
-    generic_event_device(&mut devices);
+    generic_event_device(&mut devices, config.pci);
+    if config.keyboard {
+        keyboard(&mut devices);
+    }
     pvpanic(&mut devices);
     let mut lines_taken = 0;
     for (index, slot) in config.virtio_mmio.iter().enumerate() {
@@ -303,7 +311,7 @@ fn power_button(out: &mut Vec<u8>) {
 }
 
 /// Generic Event Device (5.6.9). `_EVT` reads the events register once, as reading clears it.
-fn generic_event_device(out: &mut Vec<u8>) {
+fn generic_event_device(out: &mut Vec<u8>, pci: bool) {
     let irq = interrupt(layout::EVENTS_IRQ);
     let region = aml::OpRegion::new(
         "EVRG".into(),
@@ -325,7 +333,14 @@ fn generic_event_device(out: &mut Vec<u8>) {
     let button = Path::new("\\_SB_.PWRB");
     let notify = aml::Notify::new(&button, &NOTIFY_BUTTON_PRESSED);
     let handle = aml::If::new(&pressed, vec![&notify]);
-    let method = aml::Method::new("_EVT".into(), 1, true, vec![&read, &handle]);
+    let changed = aml::And::new(&aml::ZERO, &events, &layout::EVENT_PCI);
+    let look = aml::MethodCall::new("\\_SB_.PCI0.LOOK".into(), Vec::new());
+    let slots = aml::If::new(&changed, vec![&look]);
+    let mut body: Vec<&dyn Aml> = vec![&read, &handle];
+    if pci {
+        body.push(&slots);
+    }
+    let method = aml::Method::new("_EVT".into(), 1, true, body);
     aml::Device::new(
         "GED_".into(),
         vec![
@@ -334,6 +349,22 @@ fn generic_event_device(out: &mut Vec<u8>) {
             &region,
             &field,
             &method,
+        ],
+    )
+    .to_aml_bytes(out);
+}
+
+/// An AT keyboard at the i8042's data and command ports.
+fn keyboard(out: &mut Vec<u8>) {
+    let (first, command) = (layout::I8042_PORT, layout::I8042_PORT + 4);
+    let data = aml::IO::new(first, first, 0, 1);
+    let command = aml::IO::new(command, command, 0, 1);
+    let irq = interrupt(layout::KEYBOARD_IRQ);
+    aml::Device::new(
+        "KBD_".into(),
+        vec![
+            &hid(&aml::EISAName::new("PNP0303")),
+            &resources(vec![&data, &command, &irq]),
         ],
     )
     .to_aml_bytes(out);
@@ -432,9 +463,70 @@ fn pci_host_bridge(out: &mut Vec<u8>) {
             &aml::Name::new("_BBN".into(), &aml::ZERO),
             &aml::Name::new("_CCA".into(), &aml::ONE),
             &resources(vec![&buses, &window]),
+            &Encoded(pci_slots()),
         ],
     )
     .to_aml_bytes(out);
+}
+
+/// AML that is there already.
+struct Encoded(Vec<u8>);
+
+impl Aml for Encoded {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+/// Slots of the PCI bus in which devices come and go: device numbers 1 to 31, 0 is the bridge.
+const PCI_SLOTS: std::ops::Range<u32> = 1..32;
+/// Notification: look for a device (5.6.6).
+const NOTIFY_DEVICE_CHECK: u8 = 1;
+/// Notification: let the device go, by `_EJ0`.
+const NOTIFY_EJECT_REQUEST: u8 = 3;
+
+/// In the host bridge: the slots with their `_EJ0`, the slots' registers, and `LOOK`, which the Generic Event Device calls.
+fn pci_slots() -> Vec<u8> {
+    let mut out = Vec::new();
+    let ports = layout::PCI_HOTPLUG_PORTS;
+    let (space, base) = (aml::OpRegionSpace::SystemIO, layout::PCI_HOTPLUG_PORT);
+    aml::OpRegion::new("SLRG".into(), space, &base, &ports).to_aml_bytes(&mut out);
+    let names = [*b"CAME", *b"GOES", *b"EJCT"];
+    aml::Field::new(
+        "SLRG".into(),
+        aml::FieldAccessType::DWord,
+        aml::FieldLockRule::NoLock,
+        aml::FieldUpdateRule::WriteAsZeroes,
+        names.map(|name| aml::FieldEntry::Named(name, 32)).to_vec(),
+    )
+    .to_aml_bytes(&mut out);
+
+    let mut told = Vec::new();
+    for slot in PCI_SLOTS {
+        let (name, bit) = (format!("S{slot:03X}"), 1u32 << slot);
+        let eject = Path::new("EJCT");
+        let let_go = aml::Store::new(&eject, &bit);
+        aml::Device::new(
+            Path::new(&name),
+            vec![
+                &aml::Name::new("_ADR".into(), &(slot << 16)),
+                &aml::Name::new("_SUN".into(), &slot),
+                &aml::Method::new("_EJ0".into(), 1, true, vec![&let_go]),
+            ],
+        )
+        .to_aml_bytes(&mut out);
+        let is_it = aml::And::new(&aml::ZERO, &aml::Arg(0), &bit);
+        let slot = Path::new(&name);
+        let notify = aml::Notify::new(&slot, &aml::Arg(1));
+        aml::If::new(&is_it, vec![&notify]).to_aml_bytes(&mut told);
+    }
+    // TELL (slots, notification)
+    aml::Method::new("TELL".into(), 2, true, vec![&Encoded(told)]).to_aml_bytes(&mut out);
+    let (came, goes) = (Path::new("CAME"), Path::new("GOES"));
+    let came = aml::MethodCall::new("TELL".into(), vec![&came, &NOTIFY_DEVICE_CHECK]);
+    let goes = aml::MethodCall::new("TELL".into(), vec![&goes, &NOTIFY_EJECT_REQUEST]);
+    aml::Method::new("LOOK".into(), 0, true, vec![&came, &goes]).to_aml_bytes(&mut out);
+    out
 }
 
 #[cfg(test)]

@@ -53,8 +53,9 @@ pub const HIGH_MEMORY: u64 = 0x10_0000;
 pub const HOLE_START: u64 = 0xc000_0000;
 /// End of the hole: memory goes on here.
 pub const HOLE_END: u64 = 0x1_0000_0000;
-/// First virtio-mmio slot; each is [`VIRTIO_MMIO_SIZE`] bytes long. The page below it is left for
-/// a boot timer at [`HOLE_START`].
+/// Firecracker's boot timer, a page, where a VM has it.
+pub const BOOT_TIMER: u64 = HOLE_START;
+/// First virtio-mmio slot; each is [`VIRTIO_MMIO_SIZE`] bytes long.
 pub const VIRTIO_MMIO: u64 = HOLE_START + 0x1000;
 /// Size of a virtio-mmio slot in bytes.
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
@@ -97,13 +98,21 @@ pub const EVENTS_PORT: u16 = 0x603;
 pub const MARK_PORT: u16 = 0x604;
 /// First port of the block 0x600..0x605 that holds the five registers above.
 pub const POWER_PORTS: (u16, u16) = (SLEEP_CONTROL_PORT, 5);
+/// Three registers of 32 bits, a bit for each slot of the PCI bus: what came, what shall go, what the guest lets go.
+pub const PCI_HOTPLUG_PORT: u16 = 0x610;
+/// Number of I/O ports of the slots' registers.
+pub const PCI_HOTPLUG_PORTS: u16 = 12;
 /// Value for the reset register.
 pub const RESET_VALUE: u8 = 1;
 /// SLP_TYP of S5 (soft off), as the DSDT's `\_S5` says it.
 pub const SLEEP_TYPE_S5: u8 = 5;
 /// Bit of [`EVENTS_PORT`]: the power button was pressed.
 pub const EVENT_POWER_BUTTON: u8 = 1;
+/// Bit of [`EVENTS_PORT`]: a device came to the PCI bus, or shall go.
+pub const EVENT_PCI: u8 = 2;
 
+/// Interrupt line of the keyboard, where a VM has one.
+pub const KEYBOARD_IRQ: u32 = 1;
 /// Interrupt line of COM1.
 pub const COM1_IRQ: u32 = 4;
 /// Interrupt line of the Generic Event Device (edge, active high).

@@ -29,7 +29,7 @@ pub use logging::{LogLevel, Logger, Metrics};
 pub use machine::HugePages;
 pub use mmds::{MmdsConfig, MmdsVersion};
 pub use request::{
-    Answer, DeviceUpdate, Event, Hinting, MachineConfigUpdate, Part, Query, VmmRequest,
+    Answer, DeviceUpdate, Event, Hinting, MachineConfigUpdate, NewDevice, Part, Query, VmmRequest,
 };
 pub use size::parse_mib;
 
@@ -111,6 +111,12 @@ pub struct VmConfig {
     /// Metrics.
     #[serde(default)]
     pub metrics: Option<Metrics>,
+    /// There is a keyboard, for Ctrl-Alt-Del alone. Looking for it takes the guest's kernel a while.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub keyboard: bool,
+    /// There is Firecracker's boot timer: the guest says by it that it is up.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub boot_timer: bool,
 }
 
 /// The kernel, its initrd and its command line.
@@ -278,6 +284,37 @@ impl VmConfig {
         self.validate_devices()
     }
 
+    /// The kernel command line when `boot_args` is absent: [`DEFAULT_BOOT_ARGS`], less what would hide hardware that is there.
+    pub fn default_boot_args(&self) -> String {
+        let line = default_boot_args(self.pci);
+        match self.keyboard {
+            true => line.replace(" i8042.nokbd i8042.nopnp i8042.dumbkbd", ""),
+            false => line,
+        }
+    }
+
+    /// Add `device`, if the result is a valid configuration.
+    pub fn add(&mut self, device: NewDevice) -> Result<(), Error> {
+        let mut config = self.clone();
+        match device {
+            NewDevice::Drive(drive) => config.drives.push(drive),
+            NewDevice::Network(interface) => config.network_interfaces.push(interface),
+        }
+        config.validate()?;
+        *self = config;
+        Ok(())
+    }
+
+    /// Forget the device called `id`.
+    pub fn remove(&mut self, id: &str) {
+        self.drives.retain(|drive| drive.drive_id != id);
+        self.network_interfaces
+            .retain(|interface| interface.iface_id != id);
+        self.vsock.take_if(|_| id == "vsock");
+        self.entropy.take_if(|_| id == "entropy");
+        self.balloon.take_if(|_| id == "balloon");
+    }
+
     fn validate_devices(&self) -> Result<(), Error> {
         let mut ids = Vec::new();
         for drive in &self.drives {
@@ -413,6 +450,41 @@ mod tests {
                 "{text}"
             );
         }
+    }
+
+    #[test]
+    fn a_keyboard_is_not_hidden_from_the_kernel() {
+        let mut config = valid();
+        assert_eq!(config.default_boot_args(), DEFAULT_BOOT_ARGS);
+        config.keyboard = true;
+        let line = config.default_boot_args();
+        assert!(
+            line.contains("i8042.noaux") && line.contains("tsc=reliable"),
+            "{line}"
+        );
+        assert!(!line.contains("nokbd") && !line.contains("nopnp"), "{line}");
+    }
+
+    #[test]
+    fn devices_come_and_go_and_a_bad_one_changes_nothing() {
+        let mut config = valid();
+        config.pci = true;
+        config.entropy = Some(Entropy::default());
+        config.add(NewDevice::Drive(Drive::new("a", "/a"))).unwrap();
+        let before = config.clone();
+        for bad in [
+            NewDevice::Drive(Drive::new("a", "/other")),
+            NewDevice::Drive(Drive::new("no name", "/b")),
+            NewDevice::Network(NetworkInterface::new("a")),
+        ] {
+            assert!(config.add(bad.clone()).is_err(), "{bad:?}");
+            assert_eq!(config, before);
+        }
+        config.remove("b");
+        assert_eq!(config, before);
+        config.remove("a");
+        config.remove("entropy");
+        assert_eq!((config.drives.len(), config.entropy), (0, None));
     }
 
     #[test]

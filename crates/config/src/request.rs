@@ -31,7 +31,9 @@ pub enum VmmRequest {
     Resume,
     /// Change a device, by its name, while the VM runs.
     Update(String, DeviceUpdate),
-    /// Unplug a device, by its name, from a running VM; or take it out of the configuration before boot.
+    /// Plug a device into the PCI bus of a VM that runs.
+    Attach(Box<NewDevice>),
+    /// Ask the guest to let the device of this name go; it is there until the guest has done so.
     Detach(String),
     /// Replace the guest's metadata.
     PutMmds(serde_json::Value),
@@ -98,6 +100,25 @@ fn put<T>(list: &mut Vec<T>, new: T, same: impl Fn(&T) -> bool) {
     match list.iter_mut().find(|other| same(other)) {
         Some(old) => *old = new,
         None => list.push(new),
+    }
+}
+
+/// A device that comes while the VM runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NewDevice {
+    /// A disk.
+    Drive(Drive),
+    /// A network interface.
+    Network(NetworkInterface),
+}
+
+impl NewDevice {
+    /// Its name.
+    pub fn id(&self) -> &str {
+        match self {
+            NewDevice::Drive(drive) => &drive.drive_id,
+            NewDevice::Network(interface) => &interface.iface_id,
+        }
     }
 }
 

@@ -4,15 +4,15 @@ use crate::error::Error;
 use husk_arch::acpi::MmioSlot;
 use husk_arch::layout;
 use husk_bus::Bus;
-use husk_config::{DeviceUpdate, Drive, NetworkInterface, VmConfig, default_boot_args};
+use husk_config::{DeviceUpdate, Drive, NetworkInterface, NewDevice, VmConfig};
 use husk_devices::balloon::Balloon;
 use husk_devices::block::Block;
 use husk_devices::entropy::Entropy;
 use husk_devices::net::Net;
 use husk_devices::vsock::Vsock;
 use husk_kvm::MsiVectors;
-use husk_mmds::{Mmds, Server, Stack};
 use husk_metrics::METRICS;
+use husk_mmds::{Mmds, Server, Stack};
 use husk_pci::{HostBridge, Message, MsiSink, Relocate};
 use husk_virtio::transport::mmio::MmioTransport;
 use husk_virtio::transport::pci::PciTransport;
@@ -230,7 +230,7 @@ pub fn command_line(config: &VmConfig, slots: &[MmioSlot]) -> Result<String, Err
     let given = &config.boot_source.boot_args;
     let mut line = match given {
         Some(given) => given.clone(),
-        None => default_boot_args(config.pci),
+        None => config.default_boot_args(),
     };
     if let Some(root) = config.drives.iter().find(|drive| drive.is_root_device) {
         let mode = if root.is_read_only { "ro" } else { "rw" };
@@ -254,12 +254,30 @@ pub fn command_line(config: &VmConfig, slots: &[MmioSlot]) -> Result<String, Err
 #[derive(Default)]
 pub struct Devices {
     attached: Vec<(String, Transport)>,
-    _doorbells: Option<DoorbellThread>,
+    bridge: Option<Arc<HostBridge>>,
+    threads: Option<Threads>,
+}
+
+/// What the devices run on, as soon as there is one.
+struct Threads {
+    io: Arc<DeviceThread>,
+    doorbells: DoorbellThread,
+}
+
+impl Threads {
+    fn start(kvm: &Arc<husk_kvm::Vm>) -> Result<Self, Error> {
+        let io = DeviceThread::start("io0", || ()).map_err(|e| failed("I/O thread", e))?;
+        Ok(Self {
+            io: Arc::new(io),
+            doorbells: DoorbellThread::start(Arc::clone(kvm))?,
+        })
+    }
 }
 
 enum Transport {
     Mmio(Arc<MmioTransport>),
-    Pci(Arc<PciTransport>),
+    /// With its device number on the bus.
+    Pci(Arc<PciTransport>, u8),
 }
 
 /// Where devices are put, and what they are connected to.
@@ -279,26 +297,82 @@ impl Devices {
     /// device: KVM takes milliseconds for each, and until it is done a kick merely costs an exit.
     pub fn attach(devices: Vec<Named>, pci: bool, place: &Place) -> Result<Self, Error> {
         let bridge = pci.then(|| add_host_bridge(place.bus)).transpose()?;
-        if devices.is_empty() {
-            return Ok(Self::default());
-        }
-        let thread = DeviceThread::start("io0", || ()).map_err(|e| failed("I/O thread", e))?;
-        let thread = Arc::new(thread);
-        let doorbells = DoorbellThread::start(Arc::clone(place.kvm))?;
-        let mut attached = Vec::new();
+        let mut all = Self {
+            attached: Vec::with_capacity(devices.len()),
+            bridge,
+            threads: None,
+        };
         for (index, (id, device)) in devices.into_iter().enumerate() {
-            let thread = Arc::clone(&thread);
-            let transport = match (&bridge, place.slots.get(index)) {
-                (Some(bridge), _) => attach_pci(device, thread, place, bridge, &doorbells)?,
-                (None, Some(slot)) => attach_mmio(device, thread, place, slot, &doorbells)?,
-                (None, None) => return Err(Error::State("a device has no place")),
-            };
-            attached.push((id, transport));
+            all.put(id, device, place.slots.get(index), place)?;
         }
-        Ok(Self {
-            attached,
-            _doorbells: Some(doorbells),
-        })
+        Ok(all)
+    }
+
+    fn put(
+        &mut self,
+        id: String,
+        device: Box<dyn VirtioDevice>,
+        slot: Option<&MmioSlot>,
+        place: &Place,
+    ) -> Result<&Transport, Error> {
+        let threads = match &mut self.threads {
+            Some(threads) => threads,
+            none => none.insert(Threads::start(place.kvm)?),
+        };
+        let (io, doorbells) = (Arc::clone(&threads.io), &threads.doorbells);
+        let transport = match (&self.bridge, slot) {
+            (Some(bridge), _) => attach_pci(device, io, place, bridge, doorbells)?,
+            (None, Some(slot)) => attach_mmio(device, io, place, slot, doorbells)?,
+            (None, None) => return Err(Error::State("a device has no place")),
+        };
+        self.attached.push((id, transport));
+        match self.attached.last() {
+            Some((_, transport)) => Ok(transport),
+            None => Err(Error::State("a device has no place")),
+        }
+    }
+
+    /// Put a new device on the PCI bus while the VM runs; its device number there.
+    pub fn plug(&mut self, device: &NewDevice, place: &Place) -> Result<u8, Error> {
+        let id = device.id().to_owned();
+        if self.bridge.is_none() {
+            return Err(Error::NoHotplug(id));
+        }
+        if self.attached.len() >= MOST_ON_PCI {
+            let count = self.attached.len() + 1;
+            let most = MOST_ON_PCI;
+            return Err(Error::TooManyDevices { count, most });
+        }
+        let opened: Box<dyn VirtioDevice> = match device {
+            NewDevice::Drive(drive) => Box::new(Block::new(drive).map_err(|e| failed(&id, e))?),
+            NewDevice::Network(net) => Box::new(Net::new(net).map_err(|e| failed(&id, e))?),
+        };
+        match self.put(id, opened, None, place)? {
+            Transport::Pci(_, number) => Ok(*number),
+            Transport::Mmio(_) => Err(Error::State("a device has no place")),
+        }
+    }
+
+    /// The PCI device number of the device called `id`.
+    pub fn number(&self, id: &str) -> Result<u8, Error> {
+        let found = self.attached.iter().find(|(own, _)| own == id);
+        match found {
+            Some((_, Transport::Pci(_, number))) => Ok(*number),
+            Some((_, Transport::Mmio(_))) => Err(Error::NoHotplug(id.into())),
+            None => Err(Error::NoDevice(id.into())),
+        }
+    }
+
+    /// Take the device with this PCI device number away: it stops, and what it has open is closed. Its name.
+    pub fn unplug(&mut self, number: u8) -> Option<String> {
+        let is_it = |(_, transport): &(_, Transport)| matches!(transport, Transport::Pci(_, own) if *own == number);
+        let at = self.attached.iter().position(is_it)?;
+        let (id, transport) = self.attached.remove(at);
+        if let Some(bridge) = &self.bridge {
+            bridge.remove(number);
+        }
+        drop(transport);
+        Some(id)
     }
 
     /// Change the device called `id` while the VM runs.
@@ -329,7 +403,7 @@ impl Transport {
     fn with_core<R>(&self, what: impl FnOnce(&mut Core) -> R) -> R {
         match self {
             Transport::Mmio(transport) => transport.with_core(what),
-            Transport::Pci(transport) => transport.with_core(what),
+            Transport::Pci(transport, _) => transport.with_core(what),
         }
     }
 }
@@ -388,10 +462,10 @@ fn attach_pci(
     let started = Arc::clone(&moving);
     transport.when_started(Box::new(move || started.start()));
     let transport = Arc::new(transport);
-    bridge
+    let number = bridge
         .add(transport.clone(), Some(Box::new(Relocation(moving))))
         .map_err(|e| failed("bus PCI", e))?;
-    Ok(Transport::Pci(transport))
+    Ok(Transport::Pci(transport, number))
 }
 
 /// A function's vectors, as KVM knows them.
@@ -518,7 +592,7 @@ impl Drop for DoorbellThread {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use husk_config::Entropy as EntropyConfig;
+    use husk_config::{Entropy as EntropyConfig, default_boot_args};
 
     fn config() -> VmConfig {
         let mut root = Drive::new("root", "/img");

@@ -60,6 +60,9 @@ pub enum Error {
     /// There is no such device.
     #[error("there is no device called {0}")]
     NoDevice(String),
+    /// Devices come and go on PCI only.
+    #[error("the device {0} cannot come or go while the VM runs: that needs a VM with --pci")]
+    NoHotplug(String),
     /// More devices than there are places for them.
     #[error("{count} devices do not fit, there is room for {most}; leave some out, or use --pci")]
     TooManyDevices {
@@ -204,6 +207,7 @@ impl Error {
             | Error::MsrValue { .. }
             | Error::Device(..)
             | Error::NoDevice(_)
+            | Error::NoHotplug(_)
             | Error::TooManyDevices { .. }
             | Error::Serial(..)
             | Error::Mmds(_)

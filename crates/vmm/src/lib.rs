@@ -87,6 +87,7 @@ impl Vmm {
 
     /// Do what `request` asks. A request that fails changes nothing.
     pub fn handle(&mut self, request: VmmRequest) -> Result<Answer, Error> {
+        self.collect_ejected();
         match (&mut self.state, request) {
             (_, VmmRequest::Get(query)) => return self.get(query).map(Answer::Value),
             (_, VmmRequest::PutMmds(value)) => self.host.mmds.put(value)?,
@@ -115,6 +116,16 @@ impl Vmm {
             (State::Running(vm) | State::Paused(vm), VmmRequest::PressPowerButton) => {
                 vm.press_power_button();
             }
+            (State::Running(vm) | State::Paused(vm), VmmRequest::SendCtrlAltDel) => {
+                vm.send_ctrl_alt_del();
+            }
+            (State::Running(vm) | State::Paused(vm), VmmRequest::Attach(device)) => {
+                let mut config = self.config.clone();
+                config.add((*device).clone())?;
+                vm.attach(&device)?;
+                self.config = config;
+            }
+            (State::Running(vm) | State::Paused(vm), VmmRequest::Detach(id)) => vm.detach(&id)?,
             (State::Running(vm) | State::Paused(vm), VmmRequest::Update(id, change)) => {
                 let mut config = self.config.clone();
                 change.apply(&id, &mut config)?;
@@ -179,6 +190,17 @@ impl Vmm {
             self.stand_by();
         }
         Ok(())
+    }
+
+    /// Devices that the guest has let go, after a [`VmmRequest::Detach`], are closed and leave the configuration; their
+    /// names. To be called when the main thread is woken; [`Vmm::handle`] does it first as well.
+    pub fn collect_ejected(&mut self) -> Vec<String> {
+        let (State::Running(vm) | State::Paused(vm)) = &mut self.state else {
+            return Vec::new();
+        };
+        let gone = vm.collect_ejected();
+        gone.iter().for_each(|id| self.config.remove(id));
+        gone
     }
 
     fn exchange(&mut self, change: impl FnOnce(State) -> State) {

@@ -14,9 +14,12 @@ use crate::vcpu::{self, ExitCounts, HaltSearch, Shared, VcpuThread};
 use husk_arch::acpi::{self, AcpiConfig, MmioSlot};
 use husk_arch::boot::BootState;
 use husk_arch::{layout, mptable};
-use husk_bus::Bus;
-use husk_config::{DeviceUpdate, Event, MachineConfig, VmConfig};
+use husk_bus::{Bus, BusDevice};
+use husk_config::{DeviceUpdate, Event, MachineConfig, NewDevice, VmConfig};
+use husk_devices::boot_timer::{self, BootTimer};
 use husk_devices::i8042::I8042;
+use husk_devices::keyboard::Keyboard;
+use husk_devices::pci_hotplug::PciHotplug;
 use husk_devices::power::{self, PowerPorts};
 use husk_devices::pvpanic::PvPanic;
 use husk_devices::serial::{Output, Serial, Wire};
@@ -126,12 +129,19 @@ pub struct Vm {
     boot: Option<(BootProcessor, Go)>,
     threads: Vec<VcpuThread>,
     shared: Arc<Shared>,
-    power: Arc<PowerPorts>,
+    platform: Platform,
     panic_is_warm: bool,
     halted_before: bool,
     devices: Devices,
-    _kvm: Arc<husk_kvm::Vm>,
+    kvm: Arc<husk_kvm::Vm>,
     memory: GuestMemory,
+}
+
+/// Devices of the platform that are asked for something while the VM runs.
+struct Platform {
+    power: Arc<PowerPorts>,
+    keyboard: Option<Arc<Keyboard>>,
+    hotplug: Option<Arc<PciHotplug>>,
 }
 
 /// Where Linux leaves the kind of reset for the firmware (BIOS data area), and its value for a warm one.
@@ -153,6 +163,8 @@ impl Vm {
     ///
     /// Where a machine was made ahead, what is left is to load the kernel.
     pub fn build(config: &VmConfig, host: &Host, prepared: &mut Prepared) -> Result<Self, Error> {
+        let asked = boot_timer::Times::now();
+        host.timeline.reach(Phase::Asked);
         config.validate()?;
         let slots = devices::slots(config)?;
         let wanted = Wanted::of(config);
@@ -165,7 +177,6 @@ impl Vm {
             Some(standby) => standby.take().transpose()?,
             None => None,
         };
-        host.timeline.reach(Phase::Asked);
         let kernel = kernel.take();
         let load = |memory: &GuestMemory| {
             let boot = prepare_boot(config, kernel, memory, host, &slots)?;
@@ -178,7 +189,13 @@ impl Vm {
             }
             None => Ready::make(&wanted, &host.timeline, load)?,
         };
-        ready.complete(config, host, (opened, &slots), boot)
+        let loaded = Loaded {
+            devices: opened,
+            slots: &slots,
+            boot,
+            asked,
+        };
+        ready.complete(config, host, loaded)
     }
 
     /// Let the guest run.
@@ -200,13 +217,58 @@ impl Vm {
 
     /// Press the ACPI power button.
     pub fn press_power_button(&self) {
-        self.power.press_power_button();
+        self.platform.power.press_power_button();
+    }
+
+    /// Press Ctrl, Alt and Del, or the power button where no driver listens to a keyboard.
+    pub fn send_ctrl_alt_del(&self) {
+        let keyboard = self.platform.keyboard.as_ref();
+        if !keyboard.is_some_and(|keyboard| keyboard.press_ctrl_alt_del()) {
+            self.press_power_button();
+        }
+    }
+
+    /// Plug a device into the PCI bus, and tell the guest.
+    pub fn attach(&mut self, device: &NewDevice) -> Result<(), Error> {
+        let place = Place {
+            slots: &[],
+            bus: &self.shared.mmio,
+            memory: self.memory.memory(),
+            kvm: &self.kvm,
+        };
+        let slot = self.devices.plug(device, &place)?;
+        if let Some(hotplug) = &self.platform.hotplug {
+            hotplug.came(slot);
+            self.platform.power.notify_pci();
+        }
+        Ok(())
+    }
+
+    /// Ask the guest to let a device go.
+    pub fn detach(&self, id: &str) -> Result<(), Error> {
+        let slot = self.devices.number(id)?;
+        if let Some(hotplug) = &self.platform.hotplug {
+            hotplug.ask_to_go(slot);
+            self.platform.power.notify_pci();
+        }
+        Ok(())
+    }
+
+    /// Close the devices that the guest has let go; their names.
+    pub fn collect_ejected(&mut self) -> Vec<String> {
+        let slots = self
+            .platform
+            .hotplug
+            .iter()
+            .flat_map(|hotplug| hotplug.take_gone());
+        slots.filter_map(|slot| self.devices.unplug(slot)).collect()
     }
 
     /// Look whether the guest has halted for good, as Linux without ACPI does when it powers off; then the VM ends. To be
     /// called now and then: what one call begins, the next ones find out. True when it looks like it, and another call
     /// soon will tell.
     pub fn look_for_halt(&mut self) -> bool {
+        self.platform.power.remind();
         let all = self.threads.len() as u32;
         let halted = self.shared.halts.next_round() == all;
         if halted && self.halted_before {
@@ -224,7 +286,7 @@ impl Vm {
 
     /// The guest has not taken the last press yet.
     pub fn is_press_pending(&self) -> bool {
-        self.power.is_press_pending()
+        self.platform.power.is_press_pending()
     }
 
     /// What the device called `id` tells of itself.
@@ -379,13 +441,13 @@ impl Ready {
     }
 
     /// Add devices, and start the threads of all vCPUs but the boot vCPU's, which wakes them.
-    fn complete(
-        self,
-        config: &VmConfig,
-        host: &Host,
-        (opened, slots): (Vec<devices::Named>, &[MmioSlot]),
-        boot: BootState,
-    ) -> Result<Vm, Error> {
+    fn complete(self, config: &VmConfig, host: &Host, loaded: Loaded) -> Result<Vm, Error> {
+        let Loaded {
+            devices: opened,
+            slots,
+            boot,
+            asked,
+        } = loaded;
         // In this order, because when this fails the last of them is dropped first, and memory must be the last to go.
         let Self {
             memory,
@@ -394,7 +456,7 @@ impl Ready {
             others,
             first,
         } = self;
-        let (shared, power) = platform(&kvm, config, host)?;
+        let (shared, platform) = platform(&kvm, config, host, asked)?;
         let place = Place {
             slots,
             bus: &shared.mmio,
@@ -410,11 +472,11 @@ impl Ready {
             boot: Some((first, go)),
             threads: Vec::with_capacity(others.len() + 1),
             shared: Arc::clone(&shared),
-            power,
+            platform,
             panic_is_warm: config.boot_source.command_line().contains(PANIC_WARM),
             halted_before: false,
             devices,
-            _kvm: kvm,
+            kvm,
             memory,
         };
         for (index, mut vcpu) in (1u32..).zip(others) {
@@ -433,6 +495,15 @@ impl Ready {
         }
         Ok(vm)
     }
+}
+
+/// What makes a VM of a machine that is ready.
+struct Loaded<'a> {
+    devices: Vec<devices::Named>,
+    slots: &'a [MmioSlot],
+    boot: BootState,
+    /// When the VM was asked for.
+    asked: boot_timer::Times,
 }
 
 /// KVM's VM with its memory and its vCPUs.
@@ -587,6 +658,7 @@ fn prepare_boot(
         cpus,
         virtio_mmio: slots,
         pci: config.pci,
+        keyboard: config.keyboard,
     };
     memory.write(layout::ACPI, &acpi::tables(&acpi, layout::ACPI)?)?;
     memory.write(layout::MP_TABLE, &mptable::table(cpus, layout::MP_TABLE)?)?;
@@ -599,7 +671,8 @@ fn platform(
     vm: &husk_kvm::Vm,
     config: &VmConfig,
     host: &Host,
-) -> Result<(Arc<Shared>, Arc<PowerPorts>), Error> {
+    start: boot_timer::Times,
+) -> Result<(Arc<Shared>, Platform), Error> {
     let event = |gsi| -> Result<EventFd, Error> {
         let event = EventFd::new(EFD_CLOEXEC).map_err(|e| Error::Host("an eventfd", e))?;
         vm.register_irqfd(&event, gsi)?;
@@ -638,11 +711,28 @@ fn platform(
         power::PORTS,
         power.clone(),
     )?;
-    ports.insert(
-        layout::I8042_PORT.into(),
-        layout::I8042_PORTS.into(),
-        Arc::new(I8042::new(lifecycle.clone())),
-    )?;
+    let keyboard = match config.keyboard {
+        true => Some(event(layout::KEYBOARD_IRQ)?),
+        false => None,
+    };
+    let keyboard = keyboard.map(|irq| Arc::new(Keyboard::new(irq, lifecycle.clone())));
+    let i8042: Arc<dyn BusDevice> = match &keyboard {
+        Some(keyboard) => keyboard.clone(),
+        None => Arc::new(I8042::new(lifecycle.clone())),
+    };
+    ports.insert(layout::I8042_PORT.into(), layout::I8042_PORTS.into(), i8042)?;
+    let hotplug = config
+        .pci
+        .then(|| Arc::new(PciHotplug::new(Arc::clone(&host.wake))));
+    if let Some(hotplug) = &hotplug {
+        let (first, count) = (layout::PCI_HOTPLUG_PORT, layout::PCI_HOTPLUG_PORTS);
+        ports.insert(first.into(), count.into(), hotplug.clone())?;
+    }
+    let mmio = Bus::default();
+    if config.boot_timer {
+        let timer = BootTimer::new(start, lifecycle.clone());
+        mmio.insert(layout::BOOT_TIMER, boot_timer::SIZE, Arc::new(timer))?;
+    }
     ports.insert(
         layout::PVPANIC_PORT.into(),
         1,
@@ -650,14 +740,19 @@ fn platform(
     )?;
     let shared = Shared {
         ports,
-        mmio: Bus::default(),
+        mmio,
         lifecycle,
         timeline: Arc::clone(&host.timeline),
         exits: host.count_exits.then(Mutex::default),
         halts: HaltSearch::default(),
         pause: Pause::default(),
     };
-    Ok((Arc::new(shared), power))
+    let platform = Platform {
+        power,
+        keyboard,
+        hotplug,
+    };
+    Ok((Arc::new(shared), platform))
 }
 
 /// Notes when the guest first writes to its console.

@@ -17,6 +17,7 @@ fn build(cpus: u32, virtio_mmio: &[MmioSlot]) -> Vec<u8> {
         cpus,
         virtio_mmio,
         pci: false,
+        keyboard: false,
     };
     tables(&config, BASE).unwrap()
 }
@@ -191,6 +192,7 @@ fn with_pci_there_are_a_host_bridge_its_window_and_ecam_which_is_reserved() {
         cpus: 1,
         virtio_mmio: &[],
         pci: true,
+        keyboard: false,
     };
     let image = tables(&config, BASE).unwrap();
     let xsdt = table_at(&image, le(&image, 24, 8));
@@ -228,6 +230,7 @@ fn with_pci_there_are_a_host_bridge_its_window_and_ecam_which_is_reserved() {
         cpus: layout::MAX_CPUS,
         virtio_mmio: &slots(18),
         pci: true,
+        keyboard: false,
     };
     tables(&most, BASE).unwrap();
 }
@@ -240,6 +243,7 @@ fn slots_that_cannot_work_are_refused() {
                 cpus: 1,
                 virtio_mmio: slots,
                 pci: false,
+                keyboard: false,
             },
             BASE,
         )
@@ -286,6 +290,7 @@ fn a_processor_number_or_base_that_does_not_fit_is_refused() {
             cpus,
             virtio_mmio: &[],
             pci: false,
+            keyboard: false,
         };
         assert_eq!(tables(&config, BASE), Err(Error::Cpus(cpus)));
     }
@@ -293,8 +298,62 @@ fn a_processor_number_or_base_that_does_not_fit_is_refused() {
         cpus: 1,
         virtio_mmio: &[],
         pci: false,
+        keyboard: false,
     };
     for base in [BASE + 8, 0xffff_fff0, u64::MAX] {
         assert_eq!(tables(&config, base), Err(Error::Base(base)));
+    }
+}
+
+#[test]
+fn a_keyboard_is_announced_only_where_there_is_one() {
+    let config = AcpiConfig {
+        cpus: 1,
+        virtio_mmio: &[],
+        pci: false,
+        keyboard: true,
+    };
+    let image = tables(&config, BASE).unwrap();
+    let [fadt, _, dsdt] = follow(&image);
+    assert_eq!(le(fadt, 109, 2), 0b10_0110, "an 8042");
+    // PNP0303, ports 0x60 and 0x64, line 1.
+    let id = 0x0303_d041_u32.to_le_bytes();
+    let port = |port: u8| [0x47, 1, port, 0, port, 0, 0, 1];
+    let line = [0x89, 6, 0, 3, 1, 1, 0, 0, 0];
+    for part in [&id[..], &port(0x60), &port(0x64), &line] {
+        assert!(contains(dsdt, part), "{part:02x?}");
+    }
+    assert!(!contains(&build(1, &[]), &id));
+}
+
+#[test]
+fn with_pci_each_slot_can_be_filled_and_emptied() {
+    let config = AcpiConfig {
+        cpus: 1,
+        virtio_mmio: &[],
+        pci: true,
+        keyboard: false,
+    };
+    let image = tables(&config, BASE).unwrap();
+    for slot in 1..32u32 {
+        let name = format!("S{slot:03X}");
+        // Device, then Name (_ADR, slot << 16).
+        let mut device = name.clone().into_bytes();
+        device.extend(b"\x08_ADR\x0c");
+        device.extend((slot << 16).to_le_bytes());
+        assert!(contains(&image, &device), "{name}");
+        // Notify (name, Arg1)
+        let notify = [b"\x86", name.as_bytes(), b"\x69"].concat();
+        assert!(contains(&image, &notify), "{name}");
+    }
+    assert!(!contains(&image, b"S000") && !contains(&image, b"S020"));
+    for part in [
+        &b"_EJ0"[..],
+        b"TELLCAME\x01",
+        b"TELLGOES\x0a\x03",
+        b"_SB_PCI0LOOK",
+    ] {
+        assert!(contains(&image, part), "{}", String::from_utf8_lossy(part));
+        assert!(!contains(&build(1, &[]), part));
     }
 }

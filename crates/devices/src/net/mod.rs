@@ -24,8 +24,8 @@ use backend::{Backend, Event};
 use features::{CTRL_VQ, MAC, MQ, MRG_RXBUF, MTU, STATUS};
 use husk_bus::Interrupt;
 use husk_config::{DeviceUpdate, NetworkInterface};
-use husk_mmds::Stack;
 use husk_metrics::{METRICS, NetMetrics};
+use husk_mmds::Stack;
 use husk_virtio::{
     ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, DeviceState, F_RING_RESET,
     VirtioDevice,
