@@ -79,6 +79,9 @@ pub struct ServeArgs {
     /// Most bytes of metadata for the guest [default: as --max-payload]
     #[arg(long, value_name = "BYTES")]
     pub mmds_size_limit: Option<usize>,
+
+    #[command(flatten)]
+    pub seccomp: SeccompArgs,
 }
 
 /// As Firecracker checks it.
@@ -198,6 +201,8 @@ pub struct RunArgs {
     /// Append metrics to this file or FIFO, a line of JSON in Firecracker's shape every 60 s and at the end
     #[arg(long, value_name = "PATH", help_heading = "Logging")]
     pub metrics_path: Option<PathBuf>,
+    #[command(flatten)]
+    pub seccomp: SeccompArgs,
 
     /// At the end, print on stderr when each phase of the boot was reached
     #[arg(long, help_heading = "Logging")]
@@ -206,6 +211,18 @@ pub struct RunArgs {
     /// At the end, print on stderr why and how often the guest left for the monitor
     #[arg(long, help_heading = "Logging")]
     pub exits: bool,
+}
+
+/// What Husk's threads may ask of the host's kernel.
+#[derive(Debug, Default, Args)]
+pub struct SeccompArgs {
+    /// Let every thread make any system call: no seccomp filters. Not for guests that you do not trust
+    #[arg(long, conflicts_with = "seccomp_filter", help_heading = "The sandbox")]
+    pub no_seccomp: bool,
+
+    /// Seccomp filters of your own, in JSON, instead of Husk's (docs/seccomp.md)
+    #[arg(long, value_name = "FILE", help_heading = "The sandbox")]
+    pub seccomp_filter: Option<PathBuf>,
 }
 
 /// The range is the configuration's to check; a file may hold the number as well.
@@ -282,6 +299,7 @@ Exit status of `husk run`:
   3      the guest's kernel panicked
   4      the guest stopped with a triple fault
   5      KVM could not run the guest on (internal error)
+  148    a thread made a system call that its seccomp filter does not allow
   128+N  a second signal N ended the VM at once (the first one presses the power button)";
 
 const SERVE_EXAMPLES: &str = "\
@@ -305,4 +323,4 @@ Keys on a terminal:
   Ctrl-A x   end the VM at once      Ctrl-A p   press the power button
   Ctrl-A h   help                    Ctrl-A a   send Ctrl-A to the guest
 
-Exit status: 0 power-off or reboot, 1 host, 2 usage or files, 3 panic, 4 triple fault, 5 KVM, 128+N signal.";
+Exit status: 0 power-off or reboot, 1 host, 2 usage or files, 3 panic, 4 triple fault, 5 KVM, 148 seccomp, 128+N signal.";

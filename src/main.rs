@@ -3,6 +3,7 @@
 
 mod cli;
 mod devices;
+mod ears;
 mod guest;
 mod logging;
 mod metadata;
@@ -10,6 +11,8 @@ mod metrics;
 mod run;
 mod serial;
 mod serve;
+mod session;
+mod socket;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};

@@ -16,6 +16,15 @@ pub fn flush() {
     said(husk_metrics::flush());
 }
 
+/// Write a line because somebody asks for it; why not, if not.
+pub fn flush_now() -> Result<(), String> {
+    match husk_metrics::flush() {
+        Ok(true) => Ok(()),
+        Ok(false) => Err("no metrics_path is set: PUT /metrics before boot".into()),
+        Err(e) => Err(husk_vmm::chain(&e)),
+    }
+}
+
 /// Write a line if it is time.
 pub fn flush_if_due(now: Instant) {
     said(husk_metrics::flush_if_due(now));

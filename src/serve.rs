@@ -2,7 +2,9 @@
 
 use crate::Failure;
 use crate::cli::ServeArgs;
-use crate::run::{ApiSocket, First, OnSignal, Options, Session, identity};
+use crate::run::{filters, identity};
+use crate::session::{First, OnSignal, Options, Session};
+use crate::socket::ApiSocket;
 use husk_config::VmConfig;
 use husk_loader::Cache;
 use husk_mmds::Mmds;
@@ -19,12 +21,13 @@ pub fn serve(arguments: &ServeArgs, start: Instant) -> Result<u8, Failure> {
     };
     config.machine_config.mem_size_mib = MEMORY_MIB;
     let options = Options {
+        filters: filters(&arguments.seccomp)?,
         mmds: Mmds::new(arguments.mmds_size_limit.unwrap_or(arguments.max_payload)),
         cache: Cache::from_environment(),
         count_exits: false,
         print_timeline: false,
         start,
-        identity: identity("husk", &arguments.id),
+        identity: identity(&arguments.id),
         api: Some(ApiSocket::bind(&arguments.api_sock, arguments.max_payload)?),
         on_signal: OnSignal::PressPowerButton,
     };

@@ -119,6 +119,7 @@ impl Request<'_> {
             ["balloon", "statistics"] => Query::BalloonStatistics,
             ["balloon", "hinting", "status"] => Query::BalloonHinting,
             ["hotplug", "memory"] => return Err(Refused::Unsupported(MEMORY_HOTPLUG)),
+            ["husk", "metrics"] => Query::Metrics,
             ["husk", "boot-timeline"] => Query::BootTimeline,
             ["husk", "openapi.json"] => return self.without_body(Call::OpenApi),
             ["husk", "events"] => return self.without_body(Call::Events),
@@ -159,6 +160,8 @@ impl Request<'_> {
                 })
             }
             ["balloon"] => part(Part::Balloon(self.object()?)),
+            ["logger"] => part(Part::Logger(self.object()?)),
+            ["metrics"] => part(Part::Metrics(self.object()?)),
             ["entropy"] => part(Part::Entropy(self.object()?)),
             ["serial"] => part(Part::Serial(self.object()?)),
             ["mmds"] => vmm(VmmRequest::PutMmds(self.any_object()?)),

@@ -1,8 +1,8 @@
 //! What may be asked of the monitor, and what it answers.
 
 use crate::{
-    Balloon, BootSource, CpuConfig, CpuTemplate, Drive, Entropy, Error, HugePages, MachineConfig,
-    MmdsConfig, NetworkInterface, RateLimiter, Serial, VmConfig, Vsock,
+    Balloon, BootSource, CpuConfig, CpuTemplate, Drive, Entropy, Error, HugePages, Logger,
+    MachineConfig, Metrics, MmdsConfig, NetworkInterface, RateLimiter, Serial, VmConfig, Vsock,
 };
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -70,6 +70,10 @@ pub enum Part {
     Serial(Serial),
     /// How the guest reaches its metadata.
     MmdsConfig(MmdsConfig),
+    /// Log messages.
+    Logger(Logger),
+    /// Where metrics go.
+    Metrics(Metrics),
 }
 
 impl Part {
@@ -91,6 +95,8 @@ impl Part {
             Part::Balloon(part) => config.balloon = Some(part),
             Part::Entropy(part) => config.entropy = Some(part),
             Part::Serial(part) => config.serial = Some(part),
+            Part::Logger(part) => config.logger = Some(part),
+            Part::Metrics(part) => config.metrics = Some(part),
             Part::MmdsConfig(part) => config.mmds_config = Some(part),
         }
     }
@@ -141,6 +147,8 @@ pub enum Query {
     BalloonHinting,
     /// The guest's metadata.
     Mmds,
+    /// All counters, as Prometheus reads them.
+    Metrics,
     /// When each phase of the boot was reached.
     BootTimeline,
 }

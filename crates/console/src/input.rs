@@ -47,6 +47,7 @@ impl Input {
     }
 
     /// Start the thread "console-in", which reads `source`. Call it once; a guest need not be there yet, nor wait for it.
+    /// `prepare` runs on the thread first: a seccomp filter, say.
     ///
     /// With `terminal` (then `source` is standard input) it is read only in the terminal's foreground, and escape
     /// sequences are taken out and reported to `on_event`, on the new thread; without it every byte goes to the guest.
@@ -55,6 +56,7 @@ impl Input {
         source: impl AsFd + Send + 'static,
         terminal: Option<Arc<Terminal>>,
         on_event: impl Fn(ConsoleEvent) + Send + 'static,
+        prepare: impl FnOnce() + Send + 'static,
     ) -> Result<(), Error> {
         let reader = Reader {
             source,
@@ -68,7 +70,10 @@ impl Input {
         std::thread::Builder::new()
             .name("console-in".into())
             .stack_size(STACK)
-            .spawn(move || reader.run())
+            .spawn(move || {
+                prepare();
+                reader.run();
+            })
             .map(drop)
             .map_err(|source| Error::Thread {
                 name: "console-in",
@@ -234,7 +239,7 @@ mod tests {
     fn start(source: impl AsFd + Send + 'static) -> Input {
         let input = Input::new().unwrap();
         let unexpected = |event| panic!("{event:?} from a pipe");
-        input.start(source, None, unexpected).unwrap();
+        input.start(source, None, unexpected, || ()).unwrap();
         input
     }
 

@@ -26,6 +26,7 @@ const STACK: usize = 128 * 1024;
 /// follows is discarded: the VM goes on.
 pub struct Output {
     shared: Arc<Shared>,
+    prepare: Arc<dyn Fn() + Send + Sync>,
 }
 
 struct Shared {
@@ -50,6 +51,14 @@ struct Buffer {
 impl Output {
     /// Write to `target`, which is duplicated.
     pub fn new(target: impl AsFd) -> Result<Self, Error> {
+        Self::new_prepared(target, || ())
+    }
+
+    /// The same; `prepare` runs first on the thread, should there be one: a seccomp filter, say.
+    pub fn new_prepared(
+        target: impl AsFd,
+        prepare: impl Fn() + Send + Sync + 'static,
+    ) -> Result<Self, Error> {
         let duplicate = target.as_fd().try_clone_to_owned();
         let shared = Shared {
             direct: own_description(target.as_fd()),
@@ -60,6 +69,7 @@ impl Output {
         };
         Ok(Self {
             shared: Arc::new(shared),
+            prepare: Arc::new(prepare),
         })
     }
 
@@ -87,11 +97,14 @@ impl Output {
 
     /// Start the thread. When there can be none, output is discarded.
     fn start(&self, buffer: &mut Buffer) {
-        let shared = Arc::clone(&self.shared);
+        let (shared, prepare) = (Arc::clone(&self.shared), Arc::clone(&self.prepare));
         let thread = std::thread::Builder::new()
             .name("console-out".into())
             .stack_size(STACK)
-            .spawn(move || drain(&shared));
+            .spawn(move || {
+                prepare();
+                drain(&shared);
+            });
         match thread {
             Ok(_) => buffer.started = true,
             Err(error) => {

@@ -10,8 +10,9 @@ use std::mem::MaybeUninit;
 use std::ptr::null_mut;
 
 /// Signals whose default action kills, and the line that says so. SIGINT, SIGTERM, SIGHUP and SIGQUIT are the monitor's
-/// to handle, and must not be here: a handler that calls the one before it would call itself for ever.
-const FATAL: [(c_int, &str); 9] = [
+/// to handle, and must not be here: a handler that calls the one before it would call itself for ever. SIGSYS is the seccomp
+/// filters'.
+const FATAL: [(c_int, &str); 8] = [
     (
         libc::SIGSEGV,
         "husk: internal error: SIGSEGV (bad memory access); please report it\n",
@@ -31,10 +32,6 @@ const FATAL: [(c_int, &str); 9] = [
     (
         libc::SIGFPE,
         "husk: internal error: SIGFPE (arithmetic fault); please report it\n",
-    ),
-    (
-        libc::SIGSYS,
-        "husk: SIGSYS: a system call was forbidden by a seccomp filter\n",
     ),
     (
         libc::SIGXCPU,

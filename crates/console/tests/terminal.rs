@@ -72,9 +72,12 @@ fn play(role: &str) {
     let output = Arc::new(Output::new(std::io::stdout()).unwrap());
     let input = Input::new().unwrap();
     input
-        .start(std::io::stdin(), terminal.clone(), move |event| {
-            tell.send(event).unwrap();
-        })
+        .start(
+            std::io::stdin(),
+            terminal.clone(),
+            move |event| tell.send(event).unwrap(),
+            || (),
+        )
         .unwrap();
     output.write(format!("pid {}\n", std::process::id()).as_bytes());
     match role {

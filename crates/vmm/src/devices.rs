@@ -14,6 +14,7 @@ use husk_kvm::MsiVectors;
 use husk_metrics::METRICS;
 use husk_mmds::{Mmds, Server, Stack};
 use husk_pci::{HostBridge, Message, MsiSink, Relocate};
+use husk_sandbox::{Filters, Kind};
 use husk_virtio::transport::mmio::MmioTransport;
 use husk_virtio::transport::pci::PciTransport;
 use husk_virtio::transport::{Core, Doorbell};
@@ -265,11 +266,13 @@ struct Threads {
 }
 
 impl Threads {
-    fn start(kvm: &Arc<husk_kvm::Vm>) -> Result<Self, Error> {
-        let io = DeviceThread::start("io0", || ()).map_err(|e| failed("I/O thread", e))?;
+    fn start(place: &Place) -> Result<Self, Error> {
+        let filters = place.filters.clone();
+        let io = DeviceThread::start("io0", move || filters.confine(Kind::Io));
+        let io = io.map_err(|e| failed("I/O thread", e))?;
         Ok(Self {
             io: Arc::new(io),
-            doorbells: DoorbellThread::start(Arc::clone(kvm))?,
+            doorbells: DoorbellThread::start(Arc::clone(place.kvm), place.filters.clone())?,
         })
     }
 }
@@ -290,6 +293,8 @@ pub struct Place<'a> {
     pub memory: &'a GuestMemory,
     /// The VM.
     pub kvm: &'a Arc<husk_kvm::Vm>,
+    /// What their threads may ask of the host's kernel.
+    pub filters: &'a Filters,
 }
 
 impl Devices {
@@ -317,7 +322,7 @@ impl Devices {
     ) -> Result<&Transport, Error> {
         let threads = match &mut self.threads {
             Some(threads) => threads,
-            none => none.insert(Threads::start(place.kvm)?),
+            none => none.insert(Threads::start(place)?),
         };
         let (io, doorbells) = (Arc::clone(&threads.io), &threads.doorbells);
         let transport = match (&self.bridge, slot) {
@@ -548,9 +553,10 @@ struct DoorbellThread {
 }
 
 impl DoorbellThread {
-    fn start(kvm: Arc<husk_kvm::Vm>) -> Result<Self, Error> {
+    fn start(kvm: Arc<husk_kvm::Vm>, filters: Filters) -> Result<Self, Error> {
         let (sender, commands) = channel::<Command>();
         let body = move || {
+            filters.confine(Kind::Doorbells);
             while let Ok(command) = commands.recv() {
                 let result = match command {
                     Command::Register(base, own) => own.iter().try_for_each(|bell| {

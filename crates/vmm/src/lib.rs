@@ -24,7 +24,7 @@ pub use vcpu::{ExitCounts, install_kick_handler};
 pub use vm::{Console, Host, Identity, Watch};
 
 use devices::Opened;
-use husk_config::{Answer, Event, Part, VmConfig, VmmRequest};
+use husk_config::{Answer, Event, NewDevice, Part, VmConfig, VmmRequest};
 use husk_loader::Kernel;
 use standby::Standby;
 use vm::Vm;
@@ -89,7 +89,7 @@ impl Vmm {
     pub fn handle(&mut self, request: VmmRequest) -> Result<Answer, Error> {
         self.collect_ejected();
         match (&mut self.state, request) {
-            (_, VmmRequest::Get(query)) => return self.get(query).map(Answer::Value),
+            (_, VmmRequest::Get(query)) => return self.get(query),
             (_, VmmRequest::PutMmds(value)) => self.host.mmds.put(value)?,
             (_, VmmRequest::PatchMmds(value)) => self.host.mmds.patch(value)?,
             (State::Configuring, VmmRequest::Configure(config)) => {
@@ -103,6 +103,13 @@ impl Vmm {
                 change.apply(&mut machine);
                 self.put(Part::MachineConfig(machine))?;
             }
+            // Whoever owns the process has written them.
+            (State::Running(_) | State::Paused(_), VmmRequest::FlushMetrics) => {}
+            (State::Running(_) | State::Paused(_), VmmRequest::Put(part)) => match *part {
+                Part::Drive(drive) => self.attach(NewDevice::Drive(drive))?,
+                Part::NetworkInterface(interface) => self.attach(NewDevice::Network(interface))?,
+                _ => return Err(Error::AfterBoot),
+            },
             (State::Configuring, VmmRequest::LoadSnapshot) => {
                 return Err(match self.touched {
                     true => Error::LoadAfterConfiguration,
@@ -119,11 +126,8 @@ impl Vmm {
             (State::Running(vm) | State::Paused(vm), VmmRequest::SendCtrlAltDel) => {
                 vm.send_ctrl_alt_del();
             }
-            (State::Running(vm) | State::Paused(vm), VmmRequest::Attach(device)) => {
-                let mut config = self.config.clone();
-                config.add((*device).clone())?;
-                vm.attach(&device)?;
-                self.config = config;
+            (State::Running(_) | State::Paused(_), VmmRequest::Attach(device)) => {
+                self.attach(*device)?;
             }
             (State::Running(vm) | State::Paused(vm), VmmRequest::Detach(id)) => vm.detach(&id)?,
             (State::Running(vm) | State::Paused(vm), VmmRequest::Update(id, change)) => {
@@ -157,6 +161,18 @@ impl Vmm {
         Ok(Answer::Done)
     }
 
+    /// Plug a device into a VM that runs.
+    fn attach(&mut self, device: NewDevice) -> Result<(), Error> {
+        let (State::Running(vm) | State::Paused(vm)) = &mut self.state else {
+            return Err(Error::BeforeBoot);
+        };
+        let mut config = self.config.clone();
+        config.add(device.clone())?;
+        vm.attach(&device)?;
+        self.config = config;
+        Ok(())
+    }
+
     /// Set a part of the configuration, and open what it names.
     fn put(&mut self, part: Part) -> Result<(), Error> {
         let mut config = self.config.clone();
@@ -182,7 +198,9 @@ impl Vmm {
             | Part::Balloon(_)
             | Part::Entropy(_)
             | Part::Serial(_)
-            | Part::MmdsConfig(_) => {}
+            | Part::MmdsConfig(_)
+            | Part::Logger(_)
+            | Part::Metrics(_) => {}
         }
         self.config = config;
         self.touched = true;

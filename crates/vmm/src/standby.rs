@@ -4,7 +4,7 @@
 //! anyway, as the REST socket does, has that done on threads in the meantime, so that booting is loading a kernel and going.
 
 use crate::error::Error;
-use crate::vm::{Host, Ready};
+use crate::vm::{Aids, Host, Ready};
 use husk_config::{CpuConfig, MachineConfig, VmConfig};
 use std::thread::JoinHandle;
 
@@ -35,8 +35,8 @@ pub struct Standby {
 impl Standby {
     /// Begin to make one.
     pub fn start(wanted: Wanted, host: &Host) -> Self {
-        let (own, timeline) = (wanted.clone(), host.timeline.clone());
-        let body = move || Ready::make(&own, &timeline, |_| Ok(())).map(|(ready, ())| ready);
+        let (own, aids) = (wanted.clone(), Aids::of(host));
+        let body = move || Ready::make(&own, &aids, |_| Ok(())).map(|(ready, ())| ready);
         let thread = std::thread::Builder::new()
             .name("standby".into())
             .stack_size(256 << 10)

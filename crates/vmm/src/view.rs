@@ -1,15 +1,16 @@
 //! What the monitor tells of itself and of its VM.
 
 use crate::{Error, State, Vmm};
-use husk_config::{Balloon, IoEngine, Query, VmConfig};
+use husk_config::{Answer, Balloon, IoEngine, Query, VmConfig};
 use serde_json::{Value, json};
 
 /// The name under which the balloon is known.
 const BALLOON: &str = "balloon";
 
 impl Vmm {
-    pub(crate) fn get(&self, query: Query) -> Result<Value, Error> {
-        match query {
+    pub(crate) fn get(&self, query: Query) -> Result<Answer, Error> {
+        let value = match query {
+            Query::Metrics => return Ok(Answer::Text(husk_metrics::prometheus())),
             Query::Info => Ok(self.info()),
             Query::Version => Ok(json!({
                 "firecracker_version": self.host.identity.api_version,
@@ -25,7 +26,8 @@ impl Vmm {
                 value => value,
             }),
             Query::BootTimeline => Ok(self.timeline()),
-        }
+        };
+        value.map(Answer::Value)
     }
 
     fn info(&self) -> Value {

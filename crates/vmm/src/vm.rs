@@ -26,6 +26,7 @@ use husk_devices::serial::{Output, Serial, Wire};
 use husk_kvm::{Kvm, Vcpu};
 use husk_loader::{Cache, Kernel};
 use husk_mmds::Mmds;
+use husk_sandbox::{Filters, Kind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -89,6 +90,8 @@ pub struct Host {
     pub mmds: Arc<Mmds>,
     /// Unpacked kernels.
     pub cache: Cache,
+    /// What the VM's threads may ask of the host's kernel.
+    pub filters: Filters,
     /// Count exits by reason.
     pub count_exits: bool,
     /// Phases of the boot are noted here.
@@ -112,6 +115,7 @@ impl Host {
             console,
             mmds: Mmds::new(husk_mmds::DEFAULT_LIMIT),
             cache,
+            filters: Filters::none(),
             count_exits: false,
             timeline,
             wake,
@@ -134,6 +138,7 @@ pub struct Vm {
     halted_before: bool,
     devices: Devices,
     kvm: Arc<husk_kvm::Vm>,
+    filters: Filters,
     memory: GuestMemory,
 }
 
@@ -187,7 +192,7 @@ impl Vm {
                 let loaded = load(&ready.memory)?;
                 (ready, loaded)
             }
-            None => Ready::make(&wanted, &host.timeline, load)?,
+            None => Ready::make(&wanted, &Aids::of(host), load)?,
         };
         let loaded = Loaded {
             devices: opened,
@@ -235,6 +240,7 @@ impl Vm {
             bus: &self.shared.mmio,
             memory: self.memory.memory(),
             kvm: &self.kvm,
+            filters: &self.filters,
         };
         let slot = self.devices.plug(device, &place)?;
         if let Some(hotplug) = &self.platform.hotplug {
@@ -384,6 +390,22 @@ fn memory_size(machine: &MachineConfig) -> Result<u64, Error> {
     }
 }
 
+/// What threads that make a machine need of the [`Host`].
+#[derive(Clone)]
+pub struct Aids {
+    timeline: Arc<Timeline>,
+    filters: Filters,
+}
+
+impl Aids {
+    pub fn of(host: &Host) -> Self {
+        Self {
+            timeline: Arc::clone(&host.timeline),
+            filters: host.filters.clone(),
+        }
+    }
+}
+
 /// A VM that has memory and vCPUs, and neither devices nor anything in its memory. Fields are dropped in order: memory
 /// comes after KVM's descriptors.
 pub struct Ready {
@@ -404,7 +426,7 @@ impl Ready {
     /// itself traps).
     pub fn make<T: Send>(
         wanted: &Wanted,
-        timeline: &Arc<Timeline>,
+        aids: &Aids,
         meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error> + Send,
     ) -> Result<(Self, T), Error> {
         // Before KVM's descriptors, so that it is dropped after them.
@@ -421,7 +443,7 @@ impl Ready {
                 let _ = cpuid.send(Arc::clone(&template));
                 Ok((template, done))
             });
-            let machine = create_machine(kvm, wanted, memory, timeline, template);
+            let machine = create_machine(kvm, wanted, memory, aids, template);
             // A panic has ended the process before this could be seen.
             let failed = Err(Error::State("the loading thread failed"));
             (machine, other.join().unwrap_or(failed))
@@ -462,6 +484,7 @@ impl Ready {
             bus: &shared.mmio,
             memory: memory.memory(),
             kvm: &kvm,
+            filters: &host.filters,
         };
         let devices = Devices::attach(opened, config.pci, &place)?;
         let go = Go {
@@ -477,12 +500,15 @@ impl Ready {
             halted_before: false,
             devices,
             kvm,
+            filters: host.filters.clone(),
             memory,
         };
         for (index, mut vcpu) in (1u32..).zip(others) {
             let (template, shared) = (Arc::clone(&template), Arc::clone(&shared));
+            let filters = host.filters.clone();
             let body = move || {
                 let ready = template.set_up(&vcpu, index);
+                filters.confine(Kind::Vcpu);
                 vcpu::enter(index, &mut vcpu, &shared, ready);
             };
             match VcpuThread::start(index, body) {
@@ -511,7 +537,7 @@ fn create_machine(
     kvm: &Kvm,
     wanted: &Wanted,
     memory: &GuestMemory,
-    timeline: &Arc<Timeline>,
+    aids: &Aids,
     template: Receiver<Arc<Processor>>,
 ) -> Result<(Arc<husk_kvm::Vm>, BootProcessor, Vec<Vcpu>), Error> {
     let (cpus, most) = (wanted.machine.vcpu_count, kvm.max_vcpus());
@@ -519,9 +545,9 @@ fn create_machine(
         return Err(Error::TooManyVcpus { cpus, most });
     }
     let vm = Arc::new(kvm.create_vm()?);
-    timeline.reach(Phase::VmCreated);
-    let (first, made) = BootProcessor::start(&vm, cpus, template, timeline)?;
-    register_memory(&vm, wanted, memory, timeline)?;
+    aids.timeline.reach(Phase::VmCreated);
+    let (first, made) = BootProcessor::start(&vm, cpus, template, aids)?;
+    register_memory(&vm, wanted, memory, &aids.timeline)?;
     let failed = Err(Error::State("the boot vCPU's thread failed"));
     let others = made.recv().unwrap_or(failed)?;
     Ok((vm, first, others))
@@ -549,12 +575,12 @@ impl BootProcessor {
         vm: &Arc<husk_kvm::Vm>,
         cpus: u32,
         template: Receiver<Arc<Processor>>,
-        timeline: &Arc<Timeline>,
+        aids: &Aids,
     ) -> Result<(Self, Receiver<Others>), Error> {
         let (made, others) = channel();
         let (go, told) = channel::<Go>();
         let (tried, set_up) = channel();
-        let (vm, timeline) = (Arc::clone(vm), Arc::clone(timeline));
+        let (vm, aids) = (Arc::clone(vm), aids.clone());
         let body = move || {
             let (sent, first) = match create_processors(&vm, cpus) {
                 Ok((first, others)) => (Ok(others), Some(first)),
@@ -567,7 +593,8 @@ impl BootProcessor {
                 return;
             };
             let ready = template.set_up(&vcpu, 0);
-            timeline.reach(Phase::VcpusReady);
+            aids.filters.confine(Kind::Vcpu);
+            aids.timeline.reach(Phase::VcpusReady);
             if template.is_to_be_tried() && ready.is_err() {
                 // It listens, or has failed itself.
                 let _ = tried.send(ready);
