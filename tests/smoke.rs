@@ -9,6 +9,8 @@ mod errors;
 mod machine;
 #[path = "smoke/metrics.rs"]
 mod metrics;
+#[path = "smoke/seccomp.rs"]
+mod seccomp;
 #[path = "smoke/settings.rs"]
 mod settings;
 

@@ -1,15 +1,17 @@
 //! From rules in JSON to BPF. The build script compiles Husk's own with this, and at run time `--seccomp-filter` does.
 //!
-//! seccompiler compiles the conditions of each system call. It would put one call behind the other, and the kernel, which
-//! tries all numbers of calls on a filter when it is installed, would walk that list hundreds of times: half a millisecond.
-//! So the calls become the leaves of a binary tree here.
+//! seccompiler compiles the conditions of a rule. It would put one call behind the other, and the kernel, which tries all numbers
+//! of calls on a filter when it is installed, would walk that list hundreds of times: half a millisecond. So the calls become the
+//! leaves of a binary tree here.
 
-use seccompiler::{SeccompAction, TargetArch, compile_from_json, sock_filter};
+use crate::names;
+use crate::shrink::shrink;
+use seccompiler::{
+    BackendError, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule,
+    sock_filter,
+};
 use serde::Deserialize;
-use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::str::FromStr;
-use syscalls::Sysno;
 
 /// A filter, as the kernel takes it.
 pub type Program = Vec<sock_filter>;
@@ -24,9 +26,9 @@ const NUMBER_AT: u32 = 0;
 const ARCH_AT: u32 = 4;
 
 /// Instructions of classic BPF: BPF_LD | BPF_W | BPF_ABS and so on.
-const LOAD: u16 = 0x20;
-const RETURN: u16 = 0x06;
-const JUMP: u16 = 0x05;
+pub const LOAD: u16 = 0x20;
+pub const RETURN: u16 = 0x06;
+pub const JUMP: u16 = 0x05;
 pub const JUMP_IF_EQUAL: u16 = 0x15;
 const JUMP_IF_AT_LEAST: u16 = 0x35;
 /// What a conditional jump can skip.
@@ -54,7 +56,7 @@ pub enum Error {
     Errnos(String, &'static str),
     /// seccompiler's.
     #[error("in {0:?}: {1}: {2}")]
-    Rule(String, &'static str, seccompiler::Error),
+    Rule(String, &'static str, BackendError),
     /// Too many rules.
     #[error("{0:?} makes {1} instructions, and the kernel takes {MOST}")]
     TooLong(String, usize),
@@ -70,18 +72,46 @@ struct Set {
     #[serde(default)]
     include: Vec<String>,
     #[serde(default = "trap", alias = "default_action")]
-    mismatch_action: SeccompAction,
+    mismatch_action: Action,
     #[serde(default = "allow", alias = "filter_action")]
-    match_action: SeccompAction,
+    match_action: Action,
     filter: Vec<Rule>,
 }
 
-fn trap() -> SeccompAction {
-    SeccompAction::Trap
+/// What the kernel does with a call.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Action {
+    Allow,
+    Errno(u32),
+    KillThread,
+    KillProcess,
+    Log,
+    Trace(u32),
+    Trap,
 }
 
-fn allow() -> SeccompAction {
-    SeccompAction::Allow
+fn trap() -> Action {
+    Action::Trap
+}
+
+fn allow() -> Action {
+    Action::Allow
+}
+
+impl Action {
+    /// As a filter's answer.
+    fn answer(self) -> u32 {
+        u32::from(match self {
+            Action::Allow => SeccompAction::Allow,
+            Action::Errno(errno) => SeccompAction::Errno(errno),
+            Action::KillThread => SeccompAction::KillThread,
+            Action::KillProcess => SeccompAction::KillProcess,
+            Action::Log => SeccompAction::Log,
+            Action::Trace(number) => SeccompAction::Trace(number),
+            Action::Trap => SeccompAction::Trap,
+        })
+    }
 }
 
 /// A call that is allowed, or refused without a violation.
@@ -91,21 +121,77 @@ struct Rule {
     syscall: String,
     #[serde(default, rename = "comment")]
     _comment: String,
-    /// Conditions, all of which must hold, in seccompiler's form.
+    /// Conditions, all of which must hold.
     #[serde(default)]
-    args: Vec<Value>,
+    args: Vec<Condition>,
     /// The call fails with this. Counts only where no rule allows the call.
     errno: Option<u32>,
+}
+
+/// A condition for an argument of a call.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Condition {
+    #[serde(default, rename = "comment")]
+    _comment: String,
+    /// Which argument, from 0.
+    index: u8,
+    /// How much of it is compared.
+    #[serde(rename = "type")]
+    length: Length,
+    op: Op,
+    val: u64,
+}
+
+/// What the kernel itself reads of most arguments is 32 bits; only those must be compared then.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Length {
+    Dword,
+    Qword,
+}
+
+/// The argument is … than the value.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Op {
+    Eq,
+    Ge,
+    Gt,
+    Le,
+    Lt,
+    /// Only these bits of the argument count.
+    MaskedEq(u64),
+    Ne,
+}
+
+impl Condition {
+    fn compile(&self) -> Result<SeccompCondition, BackendError> {
+        let length = match self.length {
+            Length::Dword => SeccompCmpArgLen::Dword,
+            Length::Qword => SeccompCmpArgLen::Qword,
+        };
+        let op = match self.op {
+            Op::Eq => SeccompCmpOp::Eq,
+            Op::Ge => SeccompCmpOp::Ge,
+            Op::Gt => SeccompCmpOp::Gt,
+            Op::Le => SeccompCmpOp::Le,
+            Op::Lt => SeccompCmpOp::Lt,
+            Op::MaskedEq(mask) => SeccompCmpOp::MaskedEq(mask),
+            Op::Ne => SeccompCmpOp::Ne,
+        };
+        SeccompCondition::new(self.index, length, op, self.val)
+    }
 }
 
 /// What a filter says of one system call.
 #[derive(Default)]
 struct Call {
     always: bool,
-    /// Conditions of which one must hold.
-    when: Vec<Value>,
-    /// With the conditions under which it is returned; none is always.
-    errno: Option<(u32, Vec<Value>)>,
+    /// Rules of which one must hold.
+    when: Vec<SeccompRule>,
+    /// With the rules under which it is returned; none is always.
+    errno: Option<(u32, Vec<SeccompRule>)>,
 }
 
 /// Several sets of rules.
@@ -125,10 +211,9 @@ impl Rules {
         if self.0.contains_key(ALWAYS) {
             self.collect(ALWAYS, &mut Vec::new(), &mut calls)?;
         }
-        let mut tree = Tree::new(u32::from(set.mismatch_action.clone()));
-        for (number, (syscall, call)) in calls {
-            let leaf = set.leaf(name, syscall, call)?;
-            tree.add(number, leaf);
+        let mut tree = Tree::new(set.mismatch_action.answer());
+        for (number, call) in calls {
+            tree.add(number, set.leaf(call));
         }
         let program = tree.program();
         match program.len() {
@@ -146,29 +231,34 @@ impl Rules {
         &'a self,
         name: &'a str,
         within: &mut Vec<&'a str>,
-        calls: &mut BTreeMap<u32, (&'static str, Call)>,
+        calls: &mut BTreeMap<u32, Call>,
     ) -> Result<(), Error> {
         if within.contains(&name) {
             return Err(Error::Cycle(name.into()));
         }
         let set = self.set(name)?;
         for rule in &set.filter {
-            let unknown = |()| Error::NoSyscall(name.into(), rule.syscall.clone());
-            let call = Sysno::from_str(&rule.syscall).map_err(unknown)?;
-            let entry = calls.entry(call.id().unsigned_abs());
-            let (syscall, call) = entry.or_insert_with(|| (call.name(), Call::default()));
-            let conditions = || json!({ "syscall": rule.syscall, "args": rule.args });
-            match (rule.errno, rule.args.is_empty()) {
-                (None, true) => call.always = true,
-                (None, false) => call.when.push(conditions()),
-                (Some(errno), none) => {
+            let (number, syscall) = find(&rule.syscall)
+                .ok_or_else(|| Error::NoSyscall(name.into(), rule.syscall.clone()))?;
+            let call = calls.entry(number).or_default();
+            let conditions = rule.args.iter().map(Condition::compile);
+            let compiled = match rule.args.is_empty() {
+                true => Ok(None),
+                false => conditions
+                    .collect::<Result<_, _>>()
+                    .and_then(SeccompRule::new)
+                    .map(Some),
+            };
+            let compiled = compiled.map_err(|e| Error::Rule(name.into(), syscall, e))?;
+            match (rule.errno, compiled) {
+                (None, None) => call.always = true,
+                (None, Some(compiled)) => call.when.push(compiled),
+                (Some(errno), compiled) => {
                     let (own, when) = call.errno.get_or_insert((errno, Vec::new()));
                     if *own != errno {
                         return Err(Error::Errnos(name.into(), syscall));
                     }
-                    if !none {
-                        when.push(conditions());
-                    }
+                    when.extend(compiled);
                 }
             }
         }
@@ -181,42 +271,36 @@ impl Rules {
     }
 }
 
+/// A system call's number, and its name for as long as the process lives.
+fn find(name: &str) -> Option<(u32, &'static str)> {
+    let known = (0..).zip(names::all()).find(|(_, known)| **known == name);
+    known
+        .filter(|_| !name.is_empty())
+        .map(|(number, known)| (number, *known))
+}
+
 impl Set {
-    fn leaf(&self, name: &str, syscall: &'static str, call: Call) -> Result<Leaf, Error> {
+    fn leaf(&self, call: Call) -> Leaf {
+        let allowed = self.match_action.answer();
         let (then, when) = match call {
-            Call { always: true, .. } => (self.match_action.clone(), Vec::new()),
-            Call { when, .. } if !when.is_empty() => (self.match_action.clone(), when),
+            Call { always: true, .. } => (allowed, Vec::new()),
+            Call { when, .. } if !when.is_empty() => (allowed, when),
             Call { errno, .. } => {
                 let (errno, when) = errno.unwrap_or_default();
-                (SeccompAction::Errno(errno), when)
+                (Action::Errno(errno).answer(), when)
             }
         };
         if when.is_empty() {
-            return Ok(Leaf::Return(then.into()));
+            return Leaf::Return(then);
         }
-        let failed = |e| Error::Rule(name.into(), syscall, e);
-        let filter = json!({ "it": {
-            "mismatch_action": action(&self.mismatch_action),
-            "match_action": action(&then),
-            "filter": when,
-        } });
-        let text = filter.to_string();
-        let mut made = compile_from_json(text.as_bytes(), TargetArch::x86_64).map_err(failed)?;
-        let program = made.remove("it").unwrap_or_default();
-        Ok(Leaf::Program(program))
-    }
-}
-
-/// The JSON from which seccompiler reads an action.
-fn action(action: &SeccompAction) -> Value {
-    match action {
-        SeccompAction::Allow => json!("allow"),
-        SeccompAction::Errno(errno) => json!({ "errno": errno }),
-        SeccompAction::KillThread => json!("kill_thread"),
-        SeccompAction::KillProcess => json!("kill_process"),
-        SeccompAction::Log => json!("log"),
-        SeccompAction::Trace(number) => json!({ "trace": number }),
-        SeccompAction::Trap => json!("trap"),
+        let mut program = Program::new();
+        for rule in when {
+            // Where it does not hold, it jumps over one instruction more.
+            program.extend(Program::from(rule));
+            program.push(instruction(RETURN, then));
+        }
+        program.push(instruction(RETURN, self.mismatch_action.answer()));
+        Leaf::Program(shrink(program))
     }
 }
 

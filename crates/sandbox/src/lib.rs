@@ -9,6 +9,7 @@
 
 mod compile;
 mod kind;
+mod shrink;
 mod violation;
 
 pub use compile::{Error as RulesError, Program};

@@ -1,14 +1,13 @@
 //! Filters in force, and what happens to a thread that makes a call it may not.
 #![allow(unsafe_code)] // prctl, seccomp and a signal handler that reads registers: no safe crate has them
 
-use crate::Kind;
+use crate::{Kind, names};
 use libc::{c_int, c_void};
 use seccompiler::sock_filter;
 use std::cell::Cell;
 use std::fmt::Write;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use syscalls::Sysno;
 
 /// Exit status of a process that has made a system call which its filter does not allow. Firecracker's.
 pub const EXIT_STATUS: i32 = 148;
@@ -135,9 +134,11 @@ fn describe(line: &mut Line, info: &SigSys, registers: &[libc::greg_t]) -> std::
     let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
     let name = std::str::from_utf8(name).unwrap_or("?");
     let number = info.syscall;
-    let known = usize::try_from(number).ok().and_then(Sysno::new);
-    let syscall = match known.filter(|_| info.arch == ARCH) {
-        Some(known) => known.name(),
+    let known = usize::try_from(number)
+        .ok()
+        .and_then(|number| names::all().get(number));
+    let syscall = match known.filter(|known| info.arch == ARCH && !known.is_empty()) {
+        Some(known) => known,
         None => "what is no call of this architecture",
     };
     write!(
