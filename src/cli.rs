@@ -35,6 +35,17 @@ pub enum Command {
     /// Configure and steer a VM over a Unix socket, with Firecracker's API
     #[command(after_help = SERVE_EXAMPLES)]
     Serve(ServeArgs),
+    /// Send a request to a VM's API socket and print the answer
+    #[command(after_help = API_EXAMPLES)]
+    Api(ApiArgs),
+    /// Let a VM's guest stand still
+    Pause(SocketArgs),
+    /// Let a paused guest run again
+    Resume(SocketArgs),
+    /// End a VM
+    Stop(StopArgs),
+    /// Say what a VM is and does
+    Info(SocketArgs),
     /// Say what this host can do, and what to do about what it cannot
     Doctor(DoctorArgs),
     /// Print a completion script for a shell
@@ -82,6 +93,42 @@ pub struct ServeArgs {
 
     #[command(flatten)]
     pub seccomp: SeccompArgs,
+}
+
+/// Which VM.
+#[derive(Debug, Args)]
+pub struct SocketArgs {
+    /// The VM's API socket
+    #[arg(long, short = 's', value_name = "PATH", env = "HUSK_API_SOCK")]
+    pub api_sock: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct ApiArgs {
+    #[command(flatten)]
+    pub socket: SocketArgs,
+
+    /// GET, PUT, PATCH or DELETE
+    #[arg(value_name = "METHOD")]
+    pub method: String,
+
+    /// For example /vm/config
+    #[arg(value_name = "PATH")]
+    pub path: String,
+
+    /// JSON, or `-` for what comes from stdin
+    #[arg(value_name = "BODY")]
+    pub body: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    #[command(flatten)]
+    pub socket: SocketArgs,
+
+    /// Press the power button and let the guest shut down, instead of ending the VM at once
+    #[arg(long)]
+    pub power_button: bool,
 }
 
 /// As Firecracker checks it.
@@ -302,11 +349,21 @@ Exit status of `husk run`:
   148    a thread made a system call that its seccomp filter does not allow
   128+N  a second signal N ended the VM at once (the first one presses the power button)";
 
+const API_EXAMPLES: &str = "\
+Examples:
+  husk api -s /tmp/vm.sock GET /vm/config
+  husk api -s /tmp/vm.sock PUT /boot-source '{\"kernel_image_path\": \"vmlinux\"}'
+  husk api -s /tmp/vm.sock GET /husk/events            until the VM has ended
+  export HUSK_API_SOCK=/tmp/vm.sock; husk pause; husk resume; husk stop
+
+The paths are Firecracker's, and Husk's own below /husk: GET /husk/openapi.json describes all of them.
+Exit status: 0, or 1 when the VM refuses or nobody answers.";
+
 const SERVE_EXAMPLES: &str = "\
 Example:
   husk serve --api-sock /tmp/vm.sock &
-  husk api --api-sock /tmp/vm.sock PUT /boot-source '{\"kernel_image_path\": \"vmlinux\"}'
-  husk api --api-sock /tmp/vm.sock PUT /actions '{\"action_type\": \"InstanceStart\"}'
+  husk api -s /tmp/vm.sock PUT /boot-source '{\"kernel_image_path\": \"vmlinux\"}'
+  husk api -s /tmp/vm.sock PUT /actions '{\"action_type\": \"InstanceStart\"}'
 
 Exit status: as of `husk run`; before a VM runs, 0 after `husk stop`, 128+N after signal N, and 1 where the
 socket's path is taken.";

@@ -1,7 +1,7 @@
 //! What hears signals and keys.
 
 use crate::Failure;
-use crate::session::{Event, send, trouble};
+use crate::session::{Event, OnSignal, send, trouble};
 use husk_console::{Input, Terminal};
 use husk_sandbox::{Filters, Kind};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
@@ -24,16 +24,21 @@ enum State {
     Kept(Signals),
     /// A thread listens.
     Heard,
+    /// They are handled elsewhere.
+    NotOurs,
 }
 
 impl Ears {
     /// Nobody listens yet. What is heard goes to `sender`.
-    pub fn new(sender: Sender<Event>, input: Input, filters: Filters) -> Self {
+    pub fn new(sender: Sender<Event>, input: Input, filters: Filters, on_signal: OnSignal) -> Self {
         Self {
             sender,
             input,
             filters,
-            signals: State::Deaf,
+            signals: match on_signal {
+                OnSignal::PressPowerButton => State::Deaf,
+                OnSignal::AsFirecracker => State::NotOurs,
+            },
         }
     }
 
@@ -50,8 +55,12 @@ impl Ears {
     /// Listen to signals, on a thread of its own.
     pub fn listen_to_signals(&mut self) -> Result<(), Failure> {
         self.hear_signals()?;
-        let State::Kept(mut signals) = std::mem::replace(&mut self.signals, State::Heard) else {
-            return Ok(());
+        let mut signals = match std::mem::replace(&mut self.signals, State::Heard) {
+            State::Kept(signals) => signals,
+            other => {
+                self.signals = other;
+                return Ok(());
+            }
         };
         let (stops, filters) = (self.sender.clone(), self.filters.clone());
         let body = move || {

@@ -2,8 +2,10 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod client;
 mod devices;
 mod ears;
+mod firecracker;
 mod guest;
 mod logging;
 mod metadata;
@@ -57,6 +59,9 @@ impl From<husk_vmm::Error> for Failure {
 fn main() -> ExitCode {
     let start = Instant::now();
     husk_console::install_panic_hook();
+    if firecracker::is_called() {
+        return firecracker::main(start);
+    }
     metrics::install_panic_hook();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -68,6 +73,11 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(arguments) => run::run(&arguments, start),
         Command::Serve(arguments) => serve::serve(&arguments, start),
+        Command::Api(arguments) => client::api(&arguments),
+        Command::Pause(socket) => client::set_state(&socket, "Paused"),
+        Command::Resume(socket) => client::set_state(&socket, "Resumed"),
+        Command::Stop(arguments) => client::stop(&arguments.socket, arguments.power_button),
+        Command::Info(socket) => client::info(&socket),
         Command::Doctor(arguments) => doctor(arguments.json),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -101,6 +111,15 @@ fn usage(error: &clap::Error) -> ExitCode {
         let _ = std::io::stderr().write_all(text.as_bytes());
         return ExitCode::from(2);
     }
+    report(Failure::usage(format!(
+        "{}; see `husk --help`",
+        one_line(error)
+    )))
+}
+
+/// What is wrong with a flag, on one line.
+pub fn one_line(error: &clap::Error) -> String {
+    let text = error.to_string();
     let said = text
         .lines()
         .map(str::trim)
@@ -109,8 +128,7 @@ fn usage(error: &clap::Error) -> ExitCode {
         .collect::<Vec<_>>()
         .join("; ")
         .replace(":; ", ": ");
-    let said = said.trim_start_matches("error: ");
-    report(Failure::usage(format!("{said}; see `husk --help`")))
+    said.trim_start_matches("error: ").to_owned()
 }
 
 fn doctor(json: bool) -> Result<u8, Failure> {
@@ -132,7 +150,8 @@ fn report(failure: Failure) -> ExitCode {
     ExitCode::from(failure.status)
 }
 
-fn print(bytes: &[u8]) -> Result<u8, Failure> {
+/// To stdout.
+pub fn print(bytes: &[u8]) -> Result<u8, Failure> {
     match std::io::stdout().write_all(bytes) {
         // `husk man | head` has seen enough.
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(0),

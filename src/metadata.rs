@@ -34,7 +34,8 @@ pub fn store(arguments: &RunArgs, config: &mut VmConfig) -> Result<Arc<Mmds>, Fa
     Ok(mmds)
 }
 
-fn fill(mmds: &Mmds, path: &Path) -> Result<(), String> {
+/// Put the JSON of the file at `path` into the store; why not, if not.
+pub fn fill(mmds: &Mmds, path: &Path) -> Result<(), String> {
     let mut text = Vec::new();
     File::open(path)
         .and_then(|file| file.take(MOST_BYTES + 1).read_to_end(&mut text))

@@ -17,6 +17,8 @@ const MEMORY_MIB: u64 = 128;
 pub fn serve(arguments: &ServeArgs, start: Instant) -> Result<u8, Failure> {
     let mut config = VmConfig {
         pci: arguments.pci,
+        // For SendCtrlAltDel.
+        keyboard: true,
         ..VmConfig::default()
     };
     config.machine_config.mem_size_mib = MEMORY_MIB;

@@ -9,6 +9,9 @@ use husk_loader::Cache;
 use husk_mmds::Mmds;
 use husk_sandbox::{Filters, Kind};
 use husk_vmm::{Console, ExitCounts, Host, Identity, Outcome, Timeline, Vmm};
+use signal_hook::consts::signal::{
+    SIGBUS, SIGHUP, SIGILL, SIGINT, SIGQUIT, SIGSEGV, SIGTERM, SIGXCPU, SIGXFSZ,
+};
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -71,9 +74,22 @@ pub struct Options {
 pub enum OnSignal {
     /// Presses the power button; a second one ends the VM at once.
     PressPowerButton,
-    /// Ends the VM at once.
-    End,
+    /// What it does by itself, or what Firecracker has for it ([`FIRECRACKER_SIGNALS`]).
+    AsFirecracker,
 }
+
+/// How Firecracker's process ends by a signal: with this status, or as any process does.
+const FIRECRACKER_SIGNALS: [(i32, Option<u8>); 9] = [
+    (SIGBUS, Some(149)),
+    (SIGSEGV, Some(150)),
+    (SIGXFSZ, Some(151)),
+    (SIGXCPU, Some(154)),
+    (SIGHUP, Some(156)),
+    (SIGILL, Some(157)),
+    (SIGINT, None),
+    (SIGTERM, None),
+    (SIGQUIT, None),
+];
 
 /// How a session begins.
 pub enum First {
@@ -111,7 +127,6 @@ pub struct Session {
     filters: Filters,
     /// A signal has pressed the power button.
     asked: bool,
-    on_signal: OnSignal,
     watch: husk_vmm::Watch,
     /// Somebody may plug devices into the VM.
     has_api: bool,
@@ -124,6 +139,9 @@ impl Session {
         husk_console::install_fatal_signal_handlers().map_err(|e| trouble(&e))?;
         husk_sandbox::catch_violations(Terminal::emergency_restore).map_err(|e| trouble(&e))?;
         husk_vmm::install_kick_handler().map_err(|e| trouble(&e))?;
+        if options.on_signal == OnSignal::AsFirecracker {
+            husk_console::install_exit_statuses(&FIRECRACKER_SIGNALS).map_err(|e| trouble(&e))?;
+        }
         let (print, timeline) = (
             options.print_timeline,
             Arc::new(Timeline::new(options.start)),
@@ -184,7 +202,7 @@ impl Session {
             wake: Arc::new(move || send(&wake, Event::Vm)),
             watch: watch.clone(),
         };
-        let ears = Ears::new(sender.clone(), input, filters.clone());
+        let ears = Ears::new(sender.clone(), input, filters.clone(), options.on_signal);
         let session = Self {
             vmm: Vmm::new(host),
             sender,
@@ -192,7 +210,6 @@ impl Session {
             output,
             filters,
             asked: false,
-            on_signal: options.on_signal,
             watch,
             has_api: api.is_some(),
         };
@@ -381,7 +398,7 @@ impl Session {
                 Ok(Event::Request(request, reply)) => {
                     self.answer(request, reply);
                 }
-                Ok(Event::Signal(signal)) if self.asked || self.on_signal == OnSignal::End => {
+                Ok(Event::Signal(signal)) if self.asked => {
                     return Some(exit_status_of(signal));
                 }
                 Ok(Event::Signal(_)) => {

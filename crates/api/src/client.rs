@@ -58,13 +58,14 @@ pub enum ClientError {
     Host(#[source] std::io::Error),
 }
 
-/// Send a request and hand over what comes back, piece by piece as it comes; an empty `body` is none.
+/// Send a request and hand over what comes back, piece by piece as it comes, for as long as `take` wants more; an empty `body`
+/// is none. The HTTP status.
 pub fn stream(
     socket: &Path,
     method: &str,
     path: &str,
     body: &str,
-    mut take: impl FnMut(&[u8]),
+    mut take: impl FnMut(&[u8]) -> bool,
 ) -> Result<u16, ClientError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -101,8 +102,10 @@ pub fn stream(
         let mut response = sender.send_request(request).await.map_err(http)?;
         let status = response.status().as_u16();
         while let Some(frame) = response.body_mut().frame().await {
-            if let Some(data) = frame.map_err(http)?.data_ref() {
-                take(data);
+            if let Some(data) = frame.map_err(http)?.data_ref()
+                && !take(data)
+            {
+                break;
             }
         }
         Ok(status)
@@ -119,6 +122,7 @@ pub fn request(
     let mut bytes = Vec::new();
     let status = stream(socket, method, path, body, |data| {
         bytes.extend_from_slice(data);
+        true
     })?;
     Ok(Response {
         status,

@@ -173,6 +173,13 @@ impl Request<'_> {
                 self.any_object()?;
                 vmm(VmmRequest::LoadSnapshot)
             }
+            ["husk", "actions"] => {
+                let OwnAction { action_type } = self.object()?;
+                vmm(match action_type {
+                    OwnActionType::PressPowerButton => VmmRequest::PressPowerButton,
+                    OwnActionType::Stop => VmmRequest::Stop,
+                })
+            }
             ["drives" | "network-interfaces" | "pmem"] => self.no_id(),
             _ => Err(self.unknown()),
         }
@@ -367,6 +374,19 @@ enum ActionType {
     InstanceStart,
     FlushMetrics,
     SendCtrlAltDel,
+}
+
+/// Body of PUT `/husk/actions`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OwnAction {
+    action_type: OwnActionType,
+}
+
+#[derive(Deserialize)]
+enum OwnActionType {
+    PressPowerButton,
+    Stop,
 }
 
 /// Body of PATCH `/drives/{id}`.

@@ -226,23 +226,43 @@ pub enum OnReboot {
 impl VmConfig {
     /// Read a JSON configuration file.
     pub fn from_file(path: &Path) -> Result<Self, Error> {
-        use std::io::Read;
-        let read = |source| Error::Read {
-            path: path.into(),
-            source,
-        };
-        let mut text = String::new();
-        let file = std::fs::File::open(path).map_err(read)?;
-        file.take(MAX_FILE + 1)
-            .read_to_string(&mut text)
-            .map_err(read)?;
-        if text.len() as u64 > MAX_FILE {
-            return Err(Error::FileTooLarge { path: path.into() });
-        }
+        let text = read_file(path)?;
         Self::from_json(&text).map_err(|source| Error::Json {
             path: path.into(),
             source,
         })
+    }
+
+    /// Read a configuration file as Firecracker does: what it does not know at the top is ignored, `cpu-config` is the path of a
+    /// file, and what the file does not say is as in `base`.
+    pub fn from_firecracker_file(path: &Path, base: Self) -> Result<Self, Error> {
+        let json = |path: &Path, source| Error::Json {
+            path: path.into(),
+            source,
+        };
+        let text = read_file(path)?;
+        let fields: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(&text).map_err(|e| json(path, e))?;
+        let given = |name: &str| fields.get(name).is_some_and(|value| !value.is_null());
+        let has_machine = given("machine-config");
+        let mut known = serde_json::Map::new();
+        for (name, value) in &fields {
+            let value = match (name.as_str(), value) {
+                ("cpu-config", serde_json::Value::String(file)) => {
+                    let file = Path::new(file);
+                    serde_json::from_str(&read_file(file)?).map_err(|e| json(file, e))?
+                }
+                (_, value) => value.clone(),
+            };
+            if FIRECRACKER_FIELDS.contains(&name.as_str()) && !value.is_null() {
+                known.insert(name.clone(), value);
+            }
+        }
+        let mut config: Self = serde_json::from_value(known.into()).map_err(|e| json(path, e))?;
+        if !has_machine {
+            config.machine_config = base.machine_config;
+        }
+        Ok(config)
     }
 
     /// Parse JSON. Only an object is a configuration: serde alone would take a list for one, by the order of fields.
@@ -344,6 +364,39 @@ impl VmConfig {
         self.vsock.iter().try_for_each(Vsock::validate)?;
         let memory = self.machine_config.mem_size_mib;
         self.balloon.iter().try_for_each(|b| b.validate(memory))
+    }
+}
+
+/// What Firecracker's configuration file has at the top.
+const FIRECRACKER_FIELDS: [&str; 12] = [
+    "balloon",
+    "boot-source",
+    "cpu-config",
+    "drives",
+    "entropy",
+    "logger",
+    "machine-config",
+    "metrics",
+    "mmds-config",
+    "network-interfaces",
+    "serial",
+    "vsock",
+];
+
+fn read_file(path: &Path) -> Result<String, Error> {
+    use std::io::Read;
+    let read = |source| Error::Read {
+        path: path.into(),
+        source,
+    };
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(read)?;
+    file.take(MAX_FILE + 1)
+        .read_to_string(&mut text)
+        .map_err(read)?;
+    match text.len() as u64 > MAX_FILE {
+        true => Err(Error::FileTooLarge { path: path.into() }),
+        false => Ok(text),
     }
 }
 

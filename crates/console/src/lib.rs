@@ -17,7 +17,9 @@ mod terminal;
 pub use file::FileOutput;
 pub use input::Input;
 pub use output::Output;
-pub use signals::{install_fatal_signal_handlers, install_panic_hook, is_ignored};
+pub use signals::{
+    install_exit_statuses, install_fatal_signal_handlers, install_panic_hook, is_ignored,
+};
 pub use terminal::Terminal;
 
 /// What the user asked for by an escape sequence.

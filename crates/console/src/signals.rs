@@ -8,6 +8,7 @@ use rustix::stdio::stderr;
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// Signals whose default action kills, and the line that says so. SIGINT, SIGTERM, SIGHUP and SIGQUIT are the monitor's
 /// to handle, and must not be here: a handler that calls the one before it would call itself for ever. SIGSYS is the seccomp
@@ -93,6 +94,41 @@ pub fn install_fatal_signal_handlers() -> Result<(), Error> {
         )?;
     }
     Ok(())
+}
+
+/// Make `signals` restore the terminal and end the process with the status beside them, at once and without a word; those
+/// without a status restore it and then do what they do by default. After [`install_fatal_signal_handlers`], which has others
+/// in mind for some of them.
+pub fn install_exit_statuses(signals: &[(c_int, Option<u8>)]) -> Result<(), Error> {
+    for &(signal, status) in signals {
+        if is_ignored(signal) {
+            continue;
+        }
+        let handler = match (status, usize::try_from(signal)) {
+            (Some(status), Ok(at)) => {
+                if let Some(own) = EXIT_STATUS.get(at) {
+                    own.store(status, Ordering::Relaxed);
+                }
+                on_exit as *const () as usize
+            }
+            _ => on_fatal as *const () as usize,
+        };
+        set(signal, handler, libc::SA_RESETHAND | libc::SA_ONSTACK)?;
+    }
+    Ok(())
+}
+
+/// By signal: the status that [`on_exit`] ends with.
+static EXIT_STATUS: [AtomicU8; 65] = [const { AtomicU8::new(0) }; 65];
+
+extern "C" fn on_exit(signal: c_int) {
+    Terminal::emergency_restore();
+    let status = usize::try_from(signal)
+        .ok()
+        .and_then(|at| EXIT_STATUS.get(at));
+    let status = status.map_or(1, |status| status.load(Ordering::Relaxed));
+    // SAFETY: _exit is async-signal-safe and takes any status.
+    unsafe { libc::_exit(status.into()) };
 }
 
 /// Whether `signal` was set to be ignored, by nohup for example, and should stay so.
