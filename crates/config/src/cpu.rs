@@ -5,6 +5,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A named processor that guests may move between hosts with. The host must be of its vendor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum CpuTemplate {
     /// The host's own processor, as far as KVM can give it.
     #[default]
@@ -29,10 +30,12 @@ impl CpuTemplate {
 
 /// Changes of what KVM offers to the guest's processors.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CpuConfig {
     /// Capabilities of KVM that the guest's processors rely on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(with = "Vec<String>"))]
     pub kvm_capabilities: Vec<KvmCapability>,
     /// Changes of CPUID, in this order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -42,9 +45,11 @@ pub struct CpuConfig {
     pub msr_modifiers: Vec<MsrModifier>,
     /// Nothing, on x86-64.
     #[serde(default, skip_serializing)]
+    #[cfg_attr(feature = "schema", schemars(with = "Vec<serde_json::Value>"))]
     pub reg_modifiers: OnlyOnAarch64,
     /// Nothing, on x86-64.
     #[serde(default, skip_serializing)]
+    #[cfg_attr(feature = "schema", schemars(with = "Vec<serde_json::Value>"))]
     pub vcpu_features: OnlyOnAarch64,
 }
 
@@ -59,13 +64,16 @@ pub enum KvmCapability {
 
 /// Changes of one leaf and subleaf. KVM must have it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CpuidModifier {
     /// The leaf, what the guest has in EAX.
     #[serde(serialize_with = "to_hex", deserialize_with = "from_prefixed")]
+    #[cfg_attr(feature = "schema", schemars(with = "String"))]
     pub leaf: u32,
     /// The subleaf, what the guest has in ECX.
     #[serde(serialize_with = "to_hex", deserialize_with = "from_prefixed")]
+    #[cfg_attr(feature = "schema", schemars(with = "String"))]
     pub subleaf: u32,
     /// `KVM_CPUID_FLAG_…` of the entry.
     pub flags: u32,
@@ -75,16 +83,19 @@ pub struct CpuidModifier {
 
 /// A change of one register of a CPUID leaf.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RegisterModifier {
     /// Which one.
     pub register: CpuidRegister,
     /// The change.
+    #[cfg_attr(feature = "schema", schemars(with = "String"))]
     pub bitmap: Bitmap<32>,
 }
 
 /// A register that CPUID fills.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum CpuidRegister {
     /// EAX
@@ -99,12 +110,15 @@ pub enum CpuidRegister {
 
 /// A change of one model-specific register. KVM must have it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MsrModifier {
     /// Its index, what RDMSR takes in ECX.
     #[serde(serialize_with = "to_hex", deserialize_with = "from_prefixed")]
+    #[cfg_attr(feature = "schema", schemars(with = "String"))]
     pub addr: u32,
     /// The change.
+    #[cfg_attr(feature = "schema", schemars(with = "String"))]
     pub bitmap: Bitmap<64>,
 }
 
@@ -218,13 +232,13 @@ fn to_hex<S: Serializer>(number: &u32, serializer: S) -> Result<S::Ok, S::Error>
     serializer.serialize_str(&format!("{number:#x}"))
 }
 
-/// A number with its base in front: `0x10a`, `0b101`.
+/// A number, with its base in front if it is not decimal: `0x10a`, `0b101`, `266`.
 fn from_prefixed<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     let text = String::deserialize(deserializer)?;
     let number = match (text.strip_prefix("0x"), text.strip_prefix("0b")) {
         (Some(digits), _) => digits_of(digits, 16),
         (_, Some(digits)) => digits_of(digits, 2),
-        _ => None,
+        _ => digits_of(&text, 10),
     };
     number.ok_or_else(|| {
         D::Error::custom(format!(
@@ -303,7 +317,7 @@ mod tests {
             ("32 bits", "0b1xx0", &format!("0b{}", "1".repeat(33))),
             ("no bitmap", "0b1xx0", "0b__"),
             ("0jj0", "0x10a", "0jj0"),
-            ("266", "0x10a", "266"),
+            ("2x6", "0x10a", "2x6"),
             ("0x+10a", "0x10a", "0x+10a"),
             ("0x1_0000_0000", "0x10a", "0x1_0000_0000"),
             ("exx", "ecx", "exx"),

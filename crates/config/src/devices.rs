@@ -9,6 +9,7 @@ pub const MAX_QUEUES: u16 = 32;
 
 /// A disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Drive {
     /// Its name: letters, digits and `_`. The guest reads it as the disk's serial number.
@@ -46,6 +47,7 @@ pub struct Drive {
 
 /// What a flush by the guest means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum CacheType {
     /// Nothing: the guest is not offered flushes. Written data is lost when the host dies, not when the VM does.
     #[default]
@@ -56,6 +58,7 @@ pub enum CacheType {
 
 /// How requests reach the file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum IoEngine {
     /// io_uring where the host allows it, else as `Sync`.
     #[default]
@@ -68,6 +71,7 @@ pub enum IoEngine {
 
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct NetworkInterface {
     /// Its name: letters, digits and `_`.
@@ -100,6 +104,7 @@ pub struct NetworkInterface {
 
 /// Networking without privileges.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct UserNetwork {
     /// TCP ports of the host that lead to ports of the guest.
@@ -109,6 +114,7 @@ pub struct UserNetwork {
 
 /// A port of the host that leads to one of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Forward {
     /// The host's port.
@@ -119,6 +125,7 @@ pub struct Forward {
 
 /// A vsock device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
     /// The guest's context ID, 3 to 2^32 - 2.
@@ -132,6 +139,7 @@ pub struct Vsock {
 
 /// A memory balloon.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Balloon {
     /// Memory that the guest is to give back, in MiB.
@@ -151,6 +159,7 @@ pub struct Balloon {
 
 /// A source of random bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Entropy {
     /// How much the guest may take.
@@ -160,6 +169,7 @@ pub struct Entropy {
 
 /// The serial console's output.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Serial {
     /// A file or named pipe that takes it instead of stdout.
@@ -172,6 +182,7 @@ pub struct Serial {
 
 /// Limits on a device; each may be absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
     /// Tokens are bytes.
@@ -184,6 +195,7 @@ pub struct RateLimiter {
 
 /// A token bucket: `size` tokens flow in over `refill_time`, and as many have room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct TokenBucket {
     /// Tokens; 0 means no limit.

@@ -67,6 +67,7 @@ pub fn default_boot_args(pci: bool) -> String {
 
 /// All of a VM's configuration. Its JSON form is the configuration file and the body of `GET /vm/config`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VmConfig {
     /// What is booted.
@@ -121,6 +122,7 @@ pub struct VmConfig {
 
 /// The kernel, its initrd and its command line.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
     /// An ELF vmlinux or a bzImage.
@@ -145,6 +147,7 @@ impl BootSource {
 
 /// How a kernel is entered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum BootProtocol {
     /// PVH for an ELF file that has its note, else the 64-bit Linux boot protocol.
@@ -158,6 +161,7 @@ pub enum BootProtocol {
 
 /// Processors and memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
     /// 1 to [`MAX_VCPUS`].
@@ -214,6 +218,7 @@ impl MachineConfig {
 
 /// What a reboot by the guest does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum OnReboot {
     /// The VM ends, as at a power-off.

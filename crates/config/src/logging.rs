@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 /// Log messages. What is absent stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Logger {
     /// The file or FIFO that messages are appended to.
@@ -27,6 +28,7 @@ pub struct Logger {
 
 /// Which messages there are: those of this level and of all before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum LogLevel {
     /// None.
     Off,
@@ -72,6 +74,7 @@ impl<'de> Deserialize<'de> for LogLevel {
 
 /// Metrics.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Metrics {
     /// The file or FIFO that lines of JSON are appended to.

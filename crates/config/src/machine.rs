@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// Which pages of the host are behind the guest's memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum HugePages {
     /// Small ones, and huge ones where the host gives them to everybody (`/sys/kernel/mm/transparent_hugepage/enabled`).
     #[default]

@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 
 /// How a guest reaches the metadata service: the body of `PUT /mmds/config`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MmdsConfig {
     /// What a guest has to do for an answer.
@@ -15,6 +16,7 @@ pub struct MmdsConfig {
     pub network_interfaces: Vec<String>,
     /// Its address, 169.254.1.0 to 169.254.254.255; [`MmdsConfig::ADDRESS`] when absent.
     #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(with = "Option<String>"))]
     pub ipv4_address: Option<Ipv4Addr>,
     /// Answers are in EC2's text format, even for a guest that asks for JSON.
     #[serde(default)]
@@ -23,6 +25,7 @@ pub struct MmdsConfig {
 
 /// What a guest has to do for an answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum MmdsVersion {
     /// Ask. It may bring a token, too. Deprecated in Firecracker, and the default there.
     #[default]

@@ -166,6 +166,7 @@ pub enum Answer {
 
 /// A change of processors and memory. What is absent stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfigUpdate {
     /// 1 to [`crate::MAX_VCPUS`].
@@ -327,6 +328,7 @@ pub enum Hinting {
 
 /// What has happened to a VM, for those who watch it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Event {
     /// The guest runs.

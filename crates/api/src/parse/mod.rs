@@ -364,13 +364,15 @@ fn same_id(path: &str, body: &str) -> Result<(), Refused> {
 
 /// Body of PUT `/actions`.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-struct Action {
+pub(crate) struct Action {
     action_type: ActionType,
 }
 
 #[derive(Deserialize)]
-enum ActionType {
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(crate) enum ActionType {
     InstanceStart,
     FlushMetrics,
     SendCtrlAltDel,
@@ -378,21 +380,24 @@ enum ActionType {
 
 /// Body of PUT `/husk/actions`.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-struct OwnAction {
+pub(crate) struct OwnAction {
     action_type: OwnActionType,
 }
 
 #[derive(Deserialize)]
-enum OwnActionType {
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(crate) enum OwnActionType {
     PressPowerButton,
     Stop,
 }
 
 /// Body of PATCH `/drives/{id}`.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-struct DriveUpdate {
+pub(crate) struct DriveUpdate {
     drive_id: String,
     path_on_host: Option<PathBuf>,
     rate_limiter: Option<RateLimiter>,
@@ -400,8 +405,9 @@ struct DriveUpdate {
 
 /// Body of PATCH `/network-interfaces/{id}`. The link is Husk's own.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-struct NetworkInterfaceUpdate {
+pub(crate) struct NetworkInterfaceUpdate {
     iface_id: String,
     rx_rate_limiter: Option<RateLimiter>,
     tx_rate_limiter: Option<RateLimiter>,
@@ -410,22 +416,25 @@ struct NetworkInterfaceUpdate {
 
 /// Body of PATCH `/balloon`.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-struct BalloonUpdate {
+pub(crate) struct BalloonUpdate {
     amount_mib: u32,
 }
 
 /// Body of PATCH `/balloon/statistics`.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-struct BalloonStatisticsUpdate {
+pub(crate) struct BalloonStatisticsUpdate {
     stats_polling_interval_s: u16,
 }
 
 /// Body of PATCH `/balloon/hinting/start`.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
-struct HintingStart {
+pub(crate) struct HintingStart {
     acknowledge_on_stop: bool,
 }
 
@@ -439,13 +448,18 @@ impl Default for HintingStart {
 
 /// Body of PATCH `/vm`.
 #[derive(Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
-struct VmUpdate {
+pub(crate) struct VmUpdate {
     state: VmState,
 }
 
 #[derive(Deserialize)]
-enum VmState {
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub(crate) enum VmState {
     Paused,
     Resumed,
 }
+
+#[cfg(test)]
+mod tests;
