@@ -26,7 +26,9 @@ pub use vm::{Console, Host, Identity, Watch};
 use devices::Opened;
 use husk_config::{Answer, Event, NewDevice, Part, VmConfig, VmmRequest};
 use husk_loader::Kernel;
+use husk_metrics::METRICS;
 use standby::Standby;
+use std::time::Instant;
 use vm::Vm;
 
 /// The monitor of one VM.
@@ -138,7 +140,9 @@ impl Vmm {
             }
             (State::Running(vm) | State::Paused(vm), VmmRequest::Stop) => vm.end(Outcome::Stopped),
             (State::Running(vm), VmmRequest::Pause) => {
+                let begun = Instant::now();
                 vm.pause()?;
+                METRICS.latencies_us.vmm_pause_vm.set(begun.elapsed());
                 self.exchange(|state| match state {
                     State::Running(vm) => State::Paused(vm),
                     other => other,
@@ -146,7 +150,9 @@ impl Vmm {
                 (self.host.watch)(Event::Paused);
             }
             (State::Paused(vm), VmmRequest::Resume) => {
+                let begun = Instant::now();
                 vm.resume();
+                METRICS.latencies_us.vmm_resume_vm.set(begun.elapsed());
                 self.exchange(|state| match state {
                     State::Paused(vm) => State::Running(vm),
                     other => other,
