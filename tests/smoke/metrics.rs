@@ -2,8 +2,11 @@
 
 use crate::common::{temp_dir, text};
 use crate::errors::Refused;
-use crate::{file, payload, run, run_bare};
+use crate::{file, payload, run, run_bare, start};
+use rustix::process::Signal;
 use serde_json::Value;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 
 fn number(line: &Value, section: &str, field: &str) -> u64 {
     let value = &line[section][field];
@@ -121,4 +124,42 @@ fn a_configuration_file_says_where_log_and_metrics_go() {
     let ended = run_bare(&[&["--config", text(&config)], &flags[..]].concat());
     ended.expect_status(4);
     assert_eq!(std::fs::read_to_string(&other).unwrap(), "");
+}
+
+#[test]
+fn prometheus_reads_the_same_counters_over_the_socket() {
+    let dir = temp_dir();
+    let socket = dir.path().join("api");
+    let kernel = payload("end", "DEAF");
+    let mut vm = start(&["--kernel", &kernel, "--api-sock", text(&socket)]);
+    vm.expect("go\n");
+    let get = |path: &str| {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: husk\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    get("/version");
+    let answer = get("/husk/metrics");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let head = head.to_ascii_lowercase();
+    assert!(
+        head.contains("content-type: text/plain; version=0.0.4"),
+        "{head}"
+    );
+    for sample in [
+        "\nhusk_uart_write_total 3\n",
+        "\nhusk_get_api_requests_vmm_version_total 1\n",
+        "\n# TYPE husk_vcpu_exit_io_out_total counter\n",
+        "\nhusk_vcpu_exit_io_out_total{vcpu=\"0\"} ",
+    ] {
+        assert!(body.contains(sample), "no {sample} in {body}");
+    }
+    vm.signal(Signal::TERM);
+    vm.expect("pressed\n");
+    vm.signal(Signal::TERM);
+    vm.wait().expect_status(143);
 }

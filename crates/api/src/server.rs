@@ -244,13 +244,14 @@ async fn answer(
 ) -> Result<Response<Body>, Infallible> {
     let method = request.method().as_str().to_owned();
     let path = request.uri().path().to_owned();
+    husk_metrics::count_request(&method, &path);
     let body = match read_body(&state, request).await {
         Ok(body) => body,
-        Err(response) => return Ok(*response),
+        Err(response) => return Ok(counted(&method, &path, *response)),
     };
     let parsed = match parse(&method, &path, &body) {
         Ok(parsed) => parsed,
-        Err(refused) => return Ok(refuse(&refused)),
+        Err(refused) => return Ok(counted(&method, &path, refuse(&refused))),
     };
     let mut response = match parsed.call {
         Call::OpenApi => json(StatusCode::OK, crate::openapi::DOCUMENT.into()),
@@ -274,8 +275,17 @@ async fn answer(
         response
             .headers_mut()
             .insert(name, HeaderValue::from_static("true"));
+        husk_metrics::count_deprecated_request();
     }
-    Ok(response)
+    Ok(counted(&method, &path, response))
+}
+
+/// An answer that is counted if it is that a request has failed.
+fn counted(method: &str, path: &str, response: Response<Body>) -> Response<Body> {
+    if response.status().is_client_error() {
+        husk_metrics::count_failed_request(method, path);
+    }
+    response
 }
 
 async fn read_body(

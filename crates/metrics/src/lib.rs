@@ -23,7 +23,7 @@ mod value;
 
 pub use family::Family;
 pub use prometheus::{CONTENT_TYPE, prometheus};
-pub use requests::{count_deprecated_request, count_request};
+pub use requests::{count_deprecated_request, count_failed_request, count_request};
 pub use section::{Metric, Section};
 pub use sections::*;
 pub use sink::{Error, PERIOD, configure, flush, flush_after_panic, flush_if_due, next_flush};

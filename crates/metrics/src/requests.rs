@@ -3,13 +3,18 @@
 use crate::sections::METRICS;
 use crate::value::Counter;
 
-/// Count a request of `method` for `path`, and whether it failed. Only what Firecracker counts is.
-pub fn count_request(method: &str, path: &str, failed: bool) {
-    if let Some((count, fails)) = counters(method, path) {
+/// Count a request of `method` for `path`, when it has come: a request to flush is in the line that it asks for. Only what
+/// Firecracker counts is.
+pub fn count_request(method: &str, path: &str) {
+    if let Some((count, _)) = counters(method, path) {
         count.inc();
-        if let (true, Some(fails)) = (failed, fails) {
-            fails.inc();
-        }
+    }
+}
+
+/// Such a request has failed.
+pub fn count_failed_request(method: &str, path: &str) {
+    if let Some((_, Some(fails))) = counters(method, path) {
+        fails.inc();
     }
 }
 
@@ -71,12 +76,17 @@ mod tests {
     #[test]
     fn requests_are_counted_by_method_and_path() {
         let put = &METRICS.put_api_requests;
-        count_request("PUT", "/drives/root", false);
-        count_request("PUT", "/drives/root", true);
-        count_request("PUT", "/mmds/config", true);
-        count_request("DELETE", "/drives/root", true);
-        count_request("PUT", "/nowhere", true);
-        count_request("GET", "/", true);
+        count_request("PUT", "/drives/root");
+        for (method, path) in [
+            ("PUT", "/drives/root"),
+            ("PUT", "/mmds/config"),
+            ("DELETE", "/drives/root"),
+            ("PUT", "/nowhere"),
+            ("GET", "/"),
+        ] {
+            count_request(method, path);
+            count_failed_request(method, path);
+        }
         assert_eq!((put.drive_count.total(), put.drive_fails.total()), (2, 1));
         assert_eq!((put.mmds_count.total(), put.mmds_fails.total()), (1, 1));
         assert_eq!(METRICS.get_api_requests.instance_info_count.total(), 1);
