@@ -62,8 +62,6 @@ pub fn start(level: Option<log::LevelFilter>, path: Option<&Path>) -> Result<(),
 }
 
 /// Messages say this instead of `anonymous-instance`. Once.
-// For whoever knows the VM's name: the API, and Firecracker's --id.
-#[allow(dead_code)]
 pub fn set_instance(id: &str) {
     // A second name is not heard.
     let _ = INSTANCE.set(id.to_owned());

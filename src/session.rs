@@ -135,6 +135,7 @@ pub struct Session {
 impl Session {
     /// Until the VM has ended and everything is printed and closed. The exit status.
     pub fn go(options: Options, first: First) -> Result<u8, Failure> {
+        logging::set_instance(&options.identity.id);
         // Handlers for what kills come first: those for what asks replace some of them.
         husk_console::install_fatal_signal_handlers().map_err(|e| trouble(&e))?;
         husk_sandbox::catch_violations(Terminal::emergency_restore).map_err(|e| trouble(&e))?;
