@@ -97,7 +97,6 @@ impl Block {
             queue.waits = false;
             let quiet = queue.active.disable_kicks();
             quiet.map_err(|e| DeviceError::Queue(index, e))?;
-            self.tick();
             let stopped = self.take(index, &mut budget);
             // What was begun before an error goes on all the same.
             self.engine.submit()?;
@@ -151,11 +150,12 @@ impl Block {
     /// Give back what is done.
     pub(super) fn complete(&mut self) -> Result<(), DeviceError> {
         let mut again = false;
-        if self.engine.ring.is_some() {
-            self.tick();
-        }
+        let mut first = true;
         while let Some((mut request, result)) = self.engine.ring.as_mut().and_then(Ring::completed)
         {
+            if std::mem::take(&mut first) {
+                self.tick();
+            }
             match request.advance(result) {
                 Some(end) => self.finish(request, end)?,
                 None => {
@@ -221,6 +221,9 @@ impl Block {
                 queue.active.undo_pop();
                 self.engine.idle.push(request);
                 return Ok(Stopped::Tokens);
+            }
+            if *budget == BATCH {
+                self.tick();
             }
             *budget -= 1;
             request.begun = self.clock;
