@@ -237,6 +237,11 @@ fn a_configuration_file_that_is_wrong_is_refused() {
             with(&format!(",\"boot_args\":\"{}\"}}}}", "x".repeat(2048))),
             "2048",
         ),
+        (
+            "metadata",
+            with("},\"mmds-config\":{\"network_interfaces\":[\"eth7\"]}}"),
+            "eth7",
+        ),
     ] {
         let path = file(&dir, name, content.as_bytes());
         Refused::by(&["--config", text(&path)]).with(2, &[word]);
@@ -302,6 +307,7 @@ fn a_device_that_cannot_be_is_refused() {
         (&["--vsock", "cid=3,uds=/nonexistent/v"], "/nonexistent/v"),
         (&["--balloon", "lots"], "lots"),
         (&["--entropy", "rate=fast"], "fast"),
+        (&["--metadata", "/nonexistent/json"], "/nonexistent/json"),
     ] {
         let arguments = [&["--kernel", kernel.as_str()], arguments].concat();
         Refused::by(&arguments).with(2, &[named]);

@@ -449,7 +449,7 @@ fn garbage_is_lost() {
             .wrapping_add(1);
         (state >> 33) as usize
     };
-    for _ in 0..100_000 {
+    for _ in 0..30_000 {
         let mut frame = syn(GUEST, (random() % 4) as u16);
         frame.resize(random() % 100, 0);
         for _ in 0..random() % 4 {
