@@ -2,6 +2,7 @@
 
 use crate::http::MOST;
 use crate::server::Server;
+use husk_metrics::MmdsMetrics;
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,17 @@ pub struct Connection {
     close: bool,
     /// When it last got on: it was opened, or a request began, or a part of a response was sent.
     since: Instant,
+    /// It has come, and is counted.
+    open: Option<Open>,
+}
+
+/// A connection that is counted until it is dropped.
+struct Open(&'static MmdsMetrics);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.connections_destroyed.inc();
+    }
 }
 
 /// A socket for a connection to come.
@@ -43,6 +55,7 @@ impl Connection {
             sent: 0,
             close: false,
             since: now,
+            open: None,
         }
     }
 
@@ -63,6 +76,10 @@ impl Connection {
 
     /// Take in and give out what can be.
     pub fn work(&mut self, socket: &mut Socket, server: &Server, now: Instant) {
+        self.open.get_or_insert_with(|| {
+            server.metrics.connections_created.inc();
+            Open(server.metrics)
+        });
         if matches!(socket.state(), State::Listen | State::SynReceived) {
             return;
         }

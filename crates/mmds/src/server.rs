@@ -8,6 +8,7 @@ use crate::http::{
 use crate::store::Mmds;
 use crate::token::{TTL, Tokens};
 use husk_config::{MmdsConfig, MmdsVersion};
+use husk_metrics::{METRICS, MmdsMetrics};
 use serde_json::Value;
 use std::sync::Arc;
 use std::time::Instant;
@@ -27,16 +28,26 @@ pub struct Server {
     version: MmdsVersion,
     imds_compat: bool,
     tokens: Tokens,
+    pub(crate) metrics: &'static MmdsMetrics,
 }
 
 impl Server {
     /// A service that answers from `mmds` as `config` says. Fails when the host has no random numbers.
     pub fn new(mmds: Arc<Mmds>, config: &MmdsConfig) -> std::io::Result<Arc<Self>> {
+        Self::with_metrics(mmds, config, &METRICS.mmds)
+    }
+
+    pub(crate) fn with_metrics(
+        mmds: Arc<Mmds>,
+        config: &MmdsConfig,
+        metrics: &'static MmdsMetrics,
+    ) -> std::io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             mmds,
             version: config.version,
             imds_compat: config.imds_compat,
             tokens: Tokens::new(Instant::now())?,
+            metrics,
         }))
     }
 
@@ -50,15 +61,9 @@ impl Server {
             return Response::text(BAD_REQUEST, "Invalid URI.");
         };
         match (request.method, self.version) {
-            ("GET", MmdsVersion::V1) => self.get(request, path),
-            ("GET", MmdsVersion::V2) => match request.field(&TOKEN) {
-                None => Response::text(
-                    UNAUTHORIZED,
-                    "No MMDS token provided. Use `X-metadata-token` or `X-aws-ec2-metadata-token` header to specify \
-                     the session token.",
-                ),
-                Some((_, token)) if self.tokens.is_valid(token, now) => self.get(request, path),
-                Some(_) => Response::text(UNAUTHORIZED, "MMDS token not valid."),
+            ("GET", version) => match (self.check_token(request, now), version) {
+                (Err(why), MmdsVersion::V2) => Response::text(UNAUTHORIZED, why),
+                _ => self.get(request, path),
             },
             ("PUT", _) => self.put(request, path, now),
             _ => {
@@ -67,6 +72,22 @@ impl Server {
                 response
             }
         }
+    }
+
+    /// Whether a request may be answered, by version 2; else why not.
+    fn check_token(&self, request: &Request, now: Instant) -> Result<(), &'static str> {
+        let Some((_, token)) = request.field(&TOKEN) else {
+            self.metrics.rx_no_token.inc();
+            return Err(
+                "No MMDS token provided. Use `X-metadata-token` or `X-aws-ec2-metadata-token` header to specify \
+                 the session token.",
+            );
+        };
+        if !self.tokens.is_valid(token, now) {
+            self.metrics.rx_invalid_token.inc();
+            return Err("MMDS token not valid.");
+        }
+        Ok(())
     }
 
     fn get(&self, request: &Request, path: &str) -> Response {

@@ -39,6 +39,9 @@ const SHORTEST_WAIT: Duration = Duration::from_millis(1);
 const ETHERTYPE: std::ops::Range<usize> = 12..14;
 const IPV4: [u8; 2] = [0x08, 0x00];
 const ARP: [u8; 2] = [0x08, 0x06];
+/// Where an IPv4 packet says what is in it.
+const PROTOCOL: usize = 23;
+const TCP: u8 = 6;
 
 /// A guest's interface to the service.
 pub struct Stack {
@@ -100,8 +103,16 @@ impl Stack {
             return;
         };
         *destination = MAC;
+        let metrics = self.server.metrics;
+        metrics.rx_accepted.inc();
         if frame.len() > LONGEST_FRAME || self.out.is_full() {
+            metrics.rx_accepted_err.inc();
             return;
+        }
+        match frame.get(PROTOCOL) {
+            Some(&TCP) => metrics.rx_count.inc(),
+            _ if frame.get(ETHERTYPE) == Some(&ARP) => metrics.rx_count.inc(),
+            _ => metrics.rx_accepted_unusual.inc(),
         }
         self.learn(frame, now);
         self.listen(now);
@@ -146,7 +157,13 @@ impl Stack {
 
     /// The guest has taken [`Stack::frame`].
     pub fn taken(&mut self) {
-        self.out.spare.extend(self.out.frames.pop_front());
+        if let Some(frame) = self.out.frames.pop_front() {
+            let metrics = self.server.metrics;
+            metrics.tx_count.inc();
+            metrics.tx_frames.inc();
+            metrics.tx_bytes.add(frame.len() as u64);
+            self.out.spare.push(frame);
+        }
     }
 
     /// The guest's driver begins anew: what it was told and has not taken is lost, and its connections are.

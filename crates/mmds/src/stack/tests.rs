@@ -4,6 +4,7 @@ use super::*;
 use crate::connection::PATIENCE;
 use crate::{DEFAULT_LIMIT, Mmds};
 use husk_config::{MmdsConfig, MmdsVersion};
+use husk_metrics::MmdsMetrics;
 use serde_json::json;
 use smoltcp::socket::tcp::SocketBuffer;
 use smoltcp::wire::Ipv4Address;
@@ -73,7 +74,8 @@ impl Rig {
         mmds.put(json!({"a": {"b": "c"}})).unwrap();
         let mut config = MmdsConfig::new(["eth0"]);
         config.version = version;
-        let server = Server::new(mmds.clone(), &config).unwrap();
+        let metrics = Box::leak(Box::default());
+        let server = Server::with_metrics(mmds.clone(), &config, metrics).unwrap();
         let stack = Stack::new(server, config.address()).unwrap();
         let mut end = End::default();
         let config = Config::new(HardwareAddress::Ethernet(EthernetAddress(GUEST_MAC)));
@@ -230,6 +232,10 @@ impl Rig {
             }
         }
         String::from_utf8(text).unwrap()
+    }
+
+    fn metrics(&self) -> &'static MmdsMetrics {
+        self.stack.server.metrics
     }
 
     fn open(&self) -> usize {
@@ -481,4 +487,30 @@ fn a_driver_that_begins_anew_finds_a_new_service() {
     assert!(rig.stack.frame().is_none());
     assert_eq!(rig.open(), 0);
     assert_eq!(body(&rig.ask(&get("/a/b"))), "c");
+}
+
+#[test]
+fn frames_connections_and_tokens_are_counted() {
+    let mut rig = Rig::new(MmdsVersion::V2);
+    let m = rig.metrics();
+    rig.ask(&get("/a/b"));
+    rig.ask("GET /a HTTP/1.0\r\nX-metadata-token: x\r\n\r\n");
+    rig.wait(2 * PATIENCE);
+    assert_eq!((m.rx_no_token.total(), m.rx_invalid_token.total()), (1, 1));
+    let (created, destroyed) = (&m.connections_created, &m.connections_destroyed);
+    assert_eq!((created.total(), destroyed.total()), (2, 2));
+    assert!(m.rx_accepted.total() > 8 && m.tx_frames.total() > 4);
+    assert_eq!(m.rx_accepted.total(), m.rx_count.total());
+    assert!(m.tx_bytes.total() > 42 * m.tx_frames.total());
+    let mut udp = syn(GUEST, 1000);
+    udp[PROTOCOL] = 17;
+    rig.stack.receive(&mut udp, rig.now);
+    rig.stack.receive(&mut [0; LONGEST_FRAME + 1], rig.now);
+    let odd = (&m.rx_accepted_unusual, &m.rx_accepted_err);
+    assert_eq!((odd.0.total(), odd.1.total()), (1, 1));
+    let mut frame = syn(GUEST, 1001);
+    rig.stack.receive(&mut frame, rig.now);
+    assert_eq!((created.total(), destroyed.total()), (3, 2));
+    rig.stack.reset();
+    assert_eq!((created.total(), destroyed.total()), (3, 3));
 }
