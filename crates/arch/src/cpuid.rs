@@ -190,6 +190,7 @@ const LEAF_TOPOLOGY_V2: u32 = 0x1f;
 const LEAF_PMU_EXTENDED: u32 = 0x23;
 const LEAF_KVM: u32 = 0x4000_0000;
 const LEAF_TIMING: u32 = 0x4000_0010;
+const LEAF_EXTENDED: u32 = 0x8000_0000;
 const LEAF_EXTENDED_FEATURES: u32 = 0x8000_0001;
 const LEAF_SIZES: u32 = 0x8000_0008;
 const LEAF_CACHES_AMD: u32 = 0x8000_001d;
@@ -465,11 +466,16 @@ fn amd_topology(leaves: &mut Leaves, vendor: Vendor, shape: &Shape) {
     if vendor != Vendor::Amd {
         return;
     }
+    // Threads can be told in no other way, so these leaves are there for them whatever the host's processor has.
+    let threads = shape.threads > 1;
+    if threads && let Some(first) = leaves.get_mut(LEAF_EXTENDED) {
+        first.eax = first.eax.max(LEAF_TOPOLOGY_AMD);
+    }
     let in_range = leaves.in_range(LEAF_TOPOLOGY_AMD);
     let mut extensions = false;
     if let Some(features) = leaves.get_mut(LEAF_EXTENDED_FEATURES) {
         set(&mut features.ecx, CMP_LEGACY, shape.cpus > 1);
-        extensions = features.ecx & TOPOLOGY_EXTENSIONS != 0 && in_range;
+        extensions = (threads || features.ecx & TOPOLOGY_EXTENSIONS != 0) && in_range;
         set(&mut features.ecx, TOPOLOGY_EXTENSIONS, extensions);
     }
     if let Some(sizes) = leaves.get_mut(LEAF_SIZES) {

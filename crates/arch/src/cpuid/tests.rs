@@ -391,3 +391,24 @@ fn a_change_of_a_leaf_that_kvm_lacks_is_refused_by_name() {
         assert!(error.to_string().contains(&format!("{leaf:#x}")), "{error}");
     }
 }
+
+#[test]
+fn amds_threads_are_told_also_where_the_host_has_no_topology_extensions() {
+    let mut supported = amd(b"AuthenticAMD");
+    supported.retain(|leaf| leaf.function < 0x8000_001d);
+    for leaf in &mut supported {
+        match leaf.function {
+            0x8000_0000 => leaf.eax = 0x8000_000a,
+            0x8000_0001 => leaf.ecx &= !TOPOLOGY_EXTENSIONS,
+            _ => {}
+        }
+    }
+    let without = guest(&supported, &config(4, 1), 3);
+    assert_eq!(without.read(0x8000_0000, 0)[0], 0x8000_000a);
+    assert_eq!(without.read(0x8000_001e, 0), [0; 4]);
+    let threads = guest(&supported, &config(4, 2), 3);
+    assert_eq!(threads.read(0x8000_0000, 0)[0], 0x8000_001e);
+    assert_ne!(threads.read(0x8000_0001, 0)[2] & TOPOLOGY_EXTENSIONS, 0);
+    // APIC id 3, two threads a core, core 1.
+    assert_eq!(threads.read(0x8000_001e, 0), [3, 1 << 8 | 1, 0, 0]);
+}
