@@ -2,8 +2,10 @@
 
 use crate::common::machine::Machine;
 use crate::common::{temp_dir, text};
-use crate::{LIMIT, payload};
-use husk_config::{DeviceUpdate, Drive, HugePages, NewDevice, VmConfig, VmmRequest};
+use crate::{LIMIT, payload, run_bare};
+use husk_config::{
+    DeviceUpdate, Drive, HugePages, NetworkInterface, NewDevice, UserNetwork, VmConfig, VmmRequest,
+};
 use husk_vmm::{Outcome, Phase};
 use std::time::Duration;
 
@@ -52,7 +54,7 @@ fn a_paused_guest_can_be_asked_for_all_else() {
     let said = machine.refused(VmmRequest::Update("eth9".into(), change));
     assert!(said.contains("eth9"), "{said}");
     let said = machine.refused(VmmRequest::Boot);
-    assert!(said.contains("already running"), "{said}");
+    assert!(said.contains("after starting"), "{said}");
     machine.request(VmmRequest::Resume);
     assert!(machine.vmm.is_press_pending());
     machine.request(VmmRequest::Pause);
@@ -62,7 +64,7 @@ fn a_paused_guest_can_be_asked_for_all_else() {
     assert_eq!(outcome, Outcome::Stopped);
     for request in [VmmRequest::Pause, VmmRequest::Resume] {
         let said = machine.refused(request);
-        assert!(said.contains("not running"), "{said}");
+        assert!(said.contains("before starting"), "{said}");
     }
 }
 
@@ -153,6 +155,11 @@ fn devices_come_and_go_on_pci_alone() {
     machine.request(drive("one", text(&path)));
     let said = machine.refused(drive("one", text(&path)));
     assert!(said.contains("twice"), "{said}");
+    let mut user = NetworkInterface::new("net");
+    user.user = Some(UserNetwork::default());
+    let said = machine.refused(VmmRequest::Attach(Box::new(NewDevice::Network(user))));
+    assert!(said.contains("net") && said.contains("tap"), "{said}");
+    assert!(machine.vmm.config().network_interfaces.is_empty());
     // A guest that does not answer keeps it, asked as often as one likes.
     machine.request(VmmRequest::Detach("one".into()));
     machine.request(VmmRequest::Pause);
@@ -170,4 +177,26 @@ fn devices_come_and_go_on_pci_alone() {
     let said = machine.refused(drive("more", text(&other)));
     assert!(said.contains("32") && said.contains("31"), "{said}");
     assert_eq!(machine.vmm.config().drives.len(), 31);
+}
+
+#[test]
+fn the_boot_timers_line_is_in_the_log() {
+    let dir = temp_dir();
+    let config = dir.path().join("vm.json");
+    let kernel = payload("timer", "");
+    let content =
+        format!(r#"{{"boot-source": {{"kernel_image_path": "{kernel}"}}, "boot-timer": true}}"#);
+    std::fs::write(&config, content).unwrap();
+    let ended = run_bare(&["--config", text(&config), "--log-level", "info"]);
+    let said = &ended.expect_status(0).stderr;
+    let line = said.lines().find(|line| line.contains("Guest-boot-time"));
+    let line = line.unwrap_or_else(|| panic!("{said}"));
+    let (_, numbers) = line.split_once("Guest-boot-time = ").unwrap();
+    let words: Vec<&str> = numbers.split_whitespace().collect();
+    assert_eq!(
+        [words[1], words[3], words[5], words[6], words[8], words[9]],
+        ["us", "ms,", "CPU", "us", "CPU", "ms"]
+    );
+    let (us, ms): (u64, u64) = (words[0].parse().unwrap(), words[2].parse().unwrap());
+    assert!(us > 0 && us / 1000 == ms, "{line}");
 }

@@ -343,6 +343,10 @@ impl Devices {
         if self.bridge.is_none() {
             return Err(Error::NoHotplug(id));
         }
+        // passt is a program to be started, which a monitor with a running guest must not.
+        if matches!(device, NewDevice::Network(net) if net.user.is_some()) {
+            return Err(Error::NoLatePasst(id));
+        }
         if self.attached.len() >= MOST_ON_PCI {
             let count = self.attached.len() + 1;
             let most = MOST_ON_PCI;

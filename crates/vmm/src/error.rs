@@ -63,6 +63,11 @@ pub enum Error {
     /// Devices come and go on PCI only.
     #[error("the device {0} cannot come or go while the VM runs: that needs a VM with --pci")]
     NoHotplug(String),
+    /// Networking by passt starts a program.
+    #[error(
+        "the network interface {0} cannot be plugged in: `user` is for interfaces that are there from the start, give a tap"
+    )]
+    NoLatePasst(String),
     /// More devices than there are places for them.
     #[error("{count} devices do not fit, there is room for {most}; leave some out, or use --pci")]
     TooManyDevices {
@@ -208,6 +213,7 @@ impl Error {
             | Error::Device(..)
             | Error::NoDevice(_)
             | Error::NoHotplug(_)
+            | Error::NoLatePasst(_)
             | Error::TooManyDevices { .. }
             | Error::Serial(..)
             | Error::Mmds(_)
