@@ -202,6 +202,8 @@ impl Session {
             timeline: Arc::clone(timeline),
             wake: Arc::new(move || send(&wake, Event::Vm)),
             watch: watch.clone(),
+            // Otherwise nobody can ask for it.
+            hotplug: api.is_some(),
         };
         let ears = Ears::new(sender.clone(), input, filters.clone(), options.on_signal);
         let session = Self {

@@ -25,6 +25,9 @@ pub struct AcpiConfig<'a> {
     pub virtio_mmio: &'a [MmioSlot],
     /// There is a PCI host bridge, with ECAM at [`layout::PCI_ECAM`] and its window at [`layout::PCI_WINDOW`].
     pub pci: bool,
+    /// Slots of the PCI bus in which devices come and go, from device number 1 on, 31 at most; 0 without PCI. Each costs a guest
+    /// that boots some time.
+    pub hotplug_slots: u32,
     /// There is a keyboard at the i8042.
     pub keyboard: bool,
 }
@@ -236,7 +239,7 @@ fn dsdt(config: &AcpiConfig<'_>) -> Result<Sdt, Error> {
     let mut devices = Vec::new();
     com1(&mut devices);
     power_button(&mut devices);
-    generic_event_device(&mut devices, config.pci);
+    generic_event_device(&mut devices, config.hotplug_slots > 0);
     if config.keyboard {
         keyboard(&mut devices);
     }
@@ -247,7 +250,7 @@ fn dsdt(config: &AcpiConfig<'_>) -> Result<Sdt, Error> {
         virtio_mmio_device(&mut devices, index, slot)?;
     }
     if config.pci {
-        pci_host_bridge(&mut devices);
+        pci_host_bridge(&mut devices, config.hotplug_slots.min(MOST_SLOTS));
     }
     let mut body = aml::Scope::raw("\\_SB_".into(), devices);
     // Only the first element counts with hardware-reduced ACPI; some parsers want to see all four.
@@ -311,7 +314,7 @@ fn power_button(out: &mut Vec<u8>) {
 }
 
 /// Generic Event Device (5.6.9). `_EVT` reads the events register once, as reading clears it.
-fn generic_event_device(out: &mut Vec<u8>, pci: bool) {
+fn generic_event_device(out: &mut Vec<u8>, hotplug: bool) {
     let irq = interrupt(layout::EVENTS_IRQ);
     let region = aml::OpRegion::new(
         "EVRG".into(),
@@ -337,7 +340,7 @@ fn generic_event_device(out: &mut Vec<u8>, pci: bool) {
     let look = aml::MethodCall::new("\\_SB_.PCI0.LOOK".into(), Vec::new());
     let slots = aml::If::new(&changed, vec![&look]);
     let mut body: Vec<&dyn Aml> = vec![&read, &handle];
-    if pci {
+    if hotplug {
         body.push(&slots);
     }
     let method = aml::Method::new("_EVT".into(), 1, true, body);
@@ -435,7 +438,7 @@ fn virtio_mmio_device(out: &mut Vec<u8>, index: usize, slot: &MmioSlot) -> Resul
 
 /// A PCI Express host bridge with memory and one bus: no I/O ports, and no `_PRT`, as nothing has INTx. ECAM is no
 /// resource of the bridge's; PCI Firmware 3.3, 4.1.2 wants it reserved by a motherboard resource, else Linux does not use it.
-fn pci_host_bridge(out: &mut Vec<u8>) {
+fn pci_host_bridge(out: &mut Vec<u8>, hotplug_slots: u32) {
     let (ecam, size) = (layout::PCI_ECAM as u32, layout::PCI_ECAM_SIZE as u32);
     let ecam = aml::Memory32Fixed::new(true, ecam, size);
     aml::Device::new(
@@ -463,7 +466,7 @@ fn pci_host_bridge(out: &mut Vec<u8>) {
             &aml::Name::new("_BBN".into(), &aml::ZERO),
             &aml::Name::new("_CCA".into(), &aml::ONE),
             &resources(vec![&buses, &window]),
-            &Encoded(pci_slots()),
+            &Encoded(pci_slots(hotplug_slots)),
         ],
     )
     .to_aml_bytes(out);
@@ -478,16 +481,19 @@ impl Aml for Encoded {
     }
 }
 
-/// Slots of the PCI bus in which devices come and go: device numbers 1 to 31, 0 is the bridge.
-const PCI_SLOTS: std::ops::Range<u32> = 1..32;
+/// Device numbers of the PCI bus; 0 is the bridge's.
+const MOST_SLOTS: u32 = 31;
 /// Notification: look for a device (5.6.6).
 const NOTIFY_DEVICE_CHECK: u8 = 1;
 /// Notification: let the device go, by `_EJ0`.
 const NOTIFY_EJECT_REQUEST: u8 = 3;
 
 /// In the host bridge: the slots with their `_EJ0`, the slots' registers, and `LOOK`, which the Generic Event Device calls.
-fn pci_slots() -> Vec<u8> {
+fn pci_slots(count: u32) -> Vec<u8> {
     let mut out = Vec::new();
+    if count == 0 {
+        return out;
+    }
     let ports = layout::PCI_HOTPLUG_PORTS;
     let (space, base) = (aml::OpRegionSpace::SystemIO, layout::PCI_HOTPLUG_PORT);
     aml::OpRegion::new("SLRG".into(), space, &base, &ports).to_aml_bytes(&mut out);
@@ -502,7 +508,7 @@ fn pci_slots() -> Vec<u8> {
     .to_aml_bytes(&mut out);
 
     let mut told = Vec::new();
-    for slot in PCI_SLOTS {
+    for slot in 1..=count {
         let (name, bit) = (format!("S{slot:03X}"), 1u32 << slot);
         let eject = Path::new("EJCT");
         let let_go = aml::Store::new(&eject, &bit);

@@ -35,6 +35,17 @@ const MOST_ON_MMIO: usize = (layout::IO_APIC_PINS - layout::VIRTIO_IRQ) as usize
 /// Device numbers of a PCI bus, less the host bridge's.
 const MOST_ON_PCI: usize = 31;
 
+/// Places that are left for devices that come while the VM runs.
+const SPARE_ON_PCI: usize = 8;
+
+/// How many places of the PCI bus there are in all for a VM whose devices may come and go.
+pub fn hotplug_slots(config: &VmConfig) -> usize {
+    match config.pci {
+        true => (count(config) + SPARE_ON_PCI).min(MOST_ON_PCI),
+        false => 0,
+    }
+}
+
 /// Devices that were opened when they were configured, by name.
 #[derive(Default)]
 pub struct Opened {
@@ -337,19 +348,18 @@ impl Devices {
         }
     }
 
-    /// Put a new device on the PCI bus while the VM runs; its device number there.
-    pub fn plug(&mut self, device: &NewDevice, place: &Place) -> Result<u8, Error> {
+    /// Put a new device on the PCI bus, which has places for `most`, while the VM runs; its device number there.
+    pub fn plug(&mut self, device: &NewDevice, most: usize, place: &Place) -> Result<u8, Error> {
         let id = device.id().to_owned();
-        if self.bridge.is_none() {
+        if self.bridge.is_none() || most == 0 {
             return Err(Error::NoHotplug(id));
         }
         // passt is a program to be started, which a monitor with a running guest must not.
         if matches!(device, NewDevice::Network(net) if net.user.is_some()) {
             return Err(Error::NoLatePasst(id));
         }
-        if self.attached.len() >= MOST_ON_PCI {
+        if self.attached.len() >= most {
             let count = self.attached.len() + 1;
-            let most = MOST_ON_PCI;
             return Err(Error::TooManyDevices { count, most });
         }
         let opened: Box<dyn VirtioDevice> = match device {

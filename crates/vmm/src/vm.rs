@@ -100,6 +100,8 @@ pub struct Host {
     pub wake: Wake,
     /// Hears what happens to the VM. Called on any thread; must not block.
     pub watch: Watch,
+    /// Devices may come and go while a VM with PCI runs. A guest that boots pays for that.
+    pub hotplug: bool,
 }
 
 impl Host {
@@ -120,6 +122,7 @@ impl Host {
             timeline,
             wake,
             watch: Arc::new(|_| ()),
+            hotplug: true,
         }
     }
 }
@@ -147,6 +150,8 @@ struct Platform {
     power: Arc<PowerPorts>,
     keyboard: Option<Arc<Keyboard>>,
     hotplug: Option<Arc<PciHotplug>>,
+    /// Places of the PCI bus for devices that come and go, and for the others.
+    slots: usize,
 }
 
 /// Where Linux leaves the kind of reset for the firmware (BIOS data area), and its value for a warm one.
@@ -242,7 +247,7 @@ impl Vm {
             kvm: &self.kvm,
             filters: &self.filters,
         };
-        let slot = self.devices.plug(device, &place)?;
+        let slot = self.devices.plug(device, self.platform.slots, &place)?;
         if let Some(hotplug) = &self.platform.hotplug {
             hotplug.came(slot);
             self.platform.power.notify_pci();
@@ -253,10 +258,10 @@ impl Vm {
     /// Ask the guest to let a device go.
     pub fn detach(&self, id: &str) -> Result<(), Error> {
         let slot = self.devices.number(id)?;
-        if let Some(hotplug) = &self.platform.hotplug {
-            hotplug.ask_to_go(slot);
-            self.platform.power.notify_pci();
-        }
+        let hotplug = self.platform.hotplug.as_ref();
+        let hotplug = hotplug.ok_or_else(|| Error::NoHotplug(id.into()))?;
+        hotplug.ask_to_go(slot);
+        self.platform.power.notify_pci();
         Ok(())
     }
 
@@ -685,12 +690,20 @@ fn prepare_boot(
         cpus,
         virtio_mmio: slots,
         pci: config.pci,
+        hotplug_slots: hotplug_slots(config, host) as u32,
         keyboard: config.keyboard,
     };
     memory.write(layout::ACPI, &acpi::tables(&acpi, layout::ACPI)?)?;
     memory.write(layout::MP_TABLE, &mptable::table(cpus, layout::MP_TABLE)?)?;
     host.timeline.reach(Phase::KernelLoaded);
     Ok(boot)
+}
+
+fn hotplug_slots(config: &VmConfig, host: &Host) -> usize {
+    match host.hotplug {
+        true => devices::hotplug_slots(config),
+        false => 0,
+    }
 }
 
 /// The devices of every VM, on their buses.
@@ -748,9 +761,8 @@ fn platform(
         None => Arc::new(I8042::new(lifecycle.clone())),
     };
     ports.insert(layout::I8042_PORT.into(), layout::I8042_PORTS.into(), i8042)?;
-    let hotplug = config
-        .pci
-        .then(|| Arc::new(PciHotplug::new(Arc::clone(&host.wake))));
+    let slots = hotplug_slots(config, host);
+    let hotplug = (slots > 0).then(|| Arc::new(PciHotplug::new(Arc::clone(&host.wake))));
     if let Some(hotplug) = &hotplug {
         let (first, count) = (layout::PCI_HOTPLUG_PORT, layout::PCI_HOTPLUG_PORTS);
         ports.insert(first.into(), count.into(), hotplug.clone())?;
@@ -778,6 +790,7 @@ fn platform(
         power,
         keyboard,
         hotplug,
+        slots,
     };
     Ok((Arc::new(shared), platform))
 }

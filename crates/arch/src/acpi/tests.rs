@@ -17,6 +17,7 @@ fn build(cpus: u32, virtio_mmio: &[MmioSlot]) -> Vec<u8> {
         cpus,
         virtio_mmio,
         pci: false,
+        hotplug_slots: 0,
         keyboard: false,
     };
     tables(&config, BASE).unwrap()
@@ -192,6 +193,7 @@ fn with_pci_there_are_a_host_bridge_its_window_and_ecam_which_is_reserved() {
         cpus: 1,
         virtio_mmio: &[],
         pci: true,
+        hotplug_slots: 0,
         keyboard: false,
     };
     let image = tables(&config, BASE).unwrap();
@@ -230,6 +232,7 @@ fn with_pci_there_are_a_host_bridge_its_window_and_ecam_which_is_reserved() {
         cpus: layout::MAX_CPUS,
         virtio_mmio: &slots(18),
         pci: true,
+        hotplug_slots: 0,
         keyboard: false,
     };
     tables(&most, BASE).unwrap();
@@ -243,6 +246,7 @@ fn slots_that_cannot_work_are_refused() {
                 cpus: 1,
                 virtio_mmio: slots,
                 pci: false,
+                hotplug_slots: 0,
                 keyboard: false,
             },
             BASE,
@@ -290,6 +294,7 @@ fn a_processor_number_or_base_that_does_not_fit_is_refused() {
             cpus,
             virtio_mmio: &[],
             pci: false,
+            hotplug_slots: 0,
             keyboard: false,
         };
         assert_eq!(tables(&config, BASE), Err(Error::Cpus(cpus)));
@@ -298,6 +303,7 @@ fn a_processor_number_or_base_that_does_not_fit_is_refused() {
         cpus: 1,
         virtio_mmio: &[],
         pci: false,
+        hotplug_slots: 0,
         keyboard: false,
     };
     for base in [BASE + 8, 0xffff_fff0, u64::MAX] {
@@ -311,6 +317,7 @@ fn a_keyboard_is_announced_only_where_there_is_one() {
         cpus: 1,
         virtio_mmio: &[],
         pci: false,
+        hotplug_slots: 0,
         keyboard: true,
     };
     let image = tables(&config, BASE).unwrap();
@@ -332,6 +339,7 @@ fn with_pci_each_slot_can_be_filled_and_emptied() {
         cpus: 1,
         virtio_mmio: &[],
         pci: true,
+        hotplug_slots: 31,
         keyboard: false,
     };
     let image = tables(&config, BASE).unwrap();
@@ -355,5 +363,16 @@ fn with_pci_each_slot_can_be_filled_and_emptied() {
     ] {
         assert!(contains(&image, part), "{}", String::from_utf8_lossy(part));
         assert!(!contains(&build(1, &[]), part));
+    }
+    // As many as there are to be, and none for a guest that nobody can give a device.
+    for count in [0, 3] {
+        let fewer = AcpiConfig {
+            hotplug_slots: count,
+            ..config
+        };
+        let image = tables(&fewer, BASE).unwrap();
+        assert_eq!(contains(&image, b"S003"), count == 3);
+        assert!(!contains(&image, b"S004"));
+        assert_eq!(contains(&image, b"LOOK"), count > 0);
     }
 }
