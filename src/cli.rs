@@ -91,6 +91,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "BYTES")]
     pub mmds_size_limit: Option<usize>,
 
+    /// Let clients configure networks of kind `user`: a thread without a seccomp filter starts passt for them
+    #[arg(long, help_heading = "The sandbox")]
+    pub user_networks: bool,
+
     #[command(flatten)]
     pub seccomp: SeccompArgs,
 }

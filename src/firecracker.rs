@@ -191,6 +191,8 @@ fn run(flags: Flags, start: Instant) -> Result<u8, Failure> {
     };
     let options = Options {
         filters,
+        // Its clients know none.
+        user_networks: false,
         mmds,
         cache: Cache::from_environment(),
         count_exits: false,

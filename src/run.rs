@@ -30,6 +30,7 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
     };
     let options = Options {
         filters,
+        user_networks: has_user_network(&config),
         mmds,
         cache,
         count_exits: arguments.exits,
@@ -64,6 +65,11 @@ pub fn filters(arguments: &SeccompArgs) -> Result<Filters, Failure> {
         }
         (None, false) => Ok(Filters::built_in()),
     }
+}
+
+fn has_user_network(config: &VmConfig) -> bool {
+    let mut interfaces = config.network_interfaces.iter();
+    interfaces.any(|interface| interface.user.is_some())
 }
 
 /// The configuration file, then the flags over it, then the default guest for what is still missing. The file keeps the

@@ -24,6 +24,7 @@ pub fn serve(arguments: &ServeArgs, start: Instant) -> Result<u8, Failure> {
     config.machine_config.mem_size_mib = MEMORY_MIB;
     let options = Options {
         filters: filters(&arguments.seccomp)?,
+        user_networks: arguments.user_networks,
         mmds: Mmds::new(arguments.mmds_size_limit.unwrap_or(arguments.max_payload)),
         cache: Cache::from_environment(),
         count_exits: false,

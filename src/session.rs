@@ -51,6 +51,8 @@ pub enum Event {
 pub struct Options {
     /// What threads may ask of the host's kernel.
     pub filters: Filters,
+    /// VMs that are built under filters may have user networks, and so may devices that are plugged in.
+    pub user_networks: bool,
     /// What the guest's metadata service answers from.
     pub mmds: Arc<Mmds>,
     /// Unpacked kernels.
@@ -125,6 +127,7 @@ pub struct Session {
     events: Receiver<Event>,
     output: Arc<Output>,
     filters: Filters,
+    user_networks: bool,
     /// A signal has pressed the power button.
     asked: bool,
     watch: husk_vmm::Watch,
@@ -212,6 +215,7 @@ impl Session {
             events,
             output,
             filters,
+            user_networks: options.user_networks,
             asked: false,
             watch,
             has_api: api.is_some(),
@@ -247,6 +251,7 @@ impl Session {
                 // A signal must find the way to the socket's removal.
                 ears.listen_to_signals()?;
                 // Before a request is looked at.
+                self.provide_for_programs()?;
                 self.filters
                     .install(Kind::Builder)
                     .map_err(|e| trouble(&e))?;
@@ -261,17 +266,32 @@ impl Session {
         end
     }
 
+    /// The main thread will be confined, and then a device that needs a program of the host's cannot start it.
+    fn provide_for_programs(&self) -> Result<(), Failure> {
+        if !self.filters.are_any() {
+            return Ok(());
+        }
+        if self.user_networks {
+            return husk_devices::net::start_launcher().map_err(|e| trouble(&e));
+        }
+        husk_devices::net::refuse_programs();
+        Ok(())
+    }
+
     /// Build the VM and let it run; keep the result for as long.
     fn boot(&mut self, mut ears: Ears) -> Result<Input, Failure> {
         self.vmm.build()?;
         // Only now: while a kernel is unpacked, say, a signal or Ctrl-C just ends the process. And not later: what the
         // guest writes and what is typed to it needs the raw terminal.
         ears.hear_signals()?;
+        let builds = self.has_api || self.vmm.config().on_reboot == OnReboot::Restart;
+        if builds {
+            self.provide_for_programs()?;
+        }
         let terminal = Terminal::open().map(Arc::new);
         self.vmm.start()?;
         // The guest's first instructions run meanwhile: its vCPUs and devices are confined, and nothing of it has come
         // here. A restart builds the VM anew, in this process, and a device that is plugged in is opened.
-        let builds = self.has_api || self.vmm.config().on_reboot == OnReboot::Restart;
         self.filters.confine(match builds {
             true => Kind::Builder,
             false => Kind::Main,

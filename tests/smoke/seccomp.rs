@@ -185,6 +185,52 @@ fn a_restarted_vm_is_built_and_runs_under_the_filters() {
     }
 }
 
+/// Something called passt that Husk's filters would not let start, let alone run other programs, if it had them. Its folder, a
+/// file with a line for each start, and the path on which it is found.
+fn fake_passt() -> (tempfile::TempDir, PathBuf, String) {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = temp_dir();
+    let log = dir.path().join("log");
+    let script = format!(
+        "#!/bin/sh\nls / >/dev/null && echo ok >> {}\ncat >/dev/null\n",
+        log.display()
+    );
+    let passt = file(&dir, "passt", script.as_bytes());
+    std::fs::set_permissions(&passt, PermissionsExt::from_mode(0o755)).unwrap();
+    let path = format!(
+        "{}:{}",
+        dir.path().display(),
+        std::env::var("PATH").unwrap()
+    );
+    (dir, log, path)
+}
+
+#[test]
+fn a_restarted_vm_has_its_user_network_again() {
+    let (_dir, log, path) = fake_passt();
+    let mut command = husk();
+    command
+        .args(["run", "--kernel", &payload("boots", ""), "--memory", "64M"])
+        .args(["--on-reboot", "restart", "--net", "user"])
+        .env("PATH", path);
+    let mut vm = Vm::start(&mut command, LIMIT);
+    for (boot, key) in [(1, b"a"), (2, b"b"), (3, b"q")] {
+        let started = Instant::now();
+        while std::fs::read_to_string(&log)
+            .unwrap_or_default()
+            .lines()
+            .count()
+            < boot
+        {
+            assert!(started.elapsed() < LIMIT, "no passt for boot {boot}");
+            std::thread::yield_now();
+        }
+        vm.send(key);
+        vm.expect(&format!("clean {}\n", key[0] as char));
+    }
+    vm.finish().expect_status(0);
+}
+
 #[test]
 fn a_filter_file_that_is_wrong_is_refused() {
     let dir = temp_dir();
@@ -215,4 +261,169 @@ fn a_filter_file_that_is_wrong_is_refused() {
         text(&path),
     ];
     Refused::by(&both).with(2, &["--no-seccomp", "--seccomp-filter"]);
+}
+
+/// A VM that is steered over a socket.
+struct Served {
+    vm: Vm,
+    socket: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Served {
+    fn start(more: &[&str]) -> Self {
+        let dir = temp_dir();
+        let socket = dir.path().join("api");
+        let mut command = husk();
+        command
+            .args(["serve", "--api-sock", text(&socket)])
+            .args(more);
+        let vm = Vm::start(&mut command, LIMIT);
+        let started = Instant::now();
+        while !socket.exists() {
+            assert!(started.elapsed() < LIMIT, "no socket\n{}", vm.report());
+            std::thread::yield_now();
+        }
+        Self {
+            vm,
+            socket,
+            _dir: dir,
+        }
+    }
+
+    /// The whole answer.
+    fn request(&self, method: &str, path: &str, body: &Value) -> String {
+        use std::io::{Read, Write};
+        let started = Instant::now();
+        let mut stream = loop {
+            match std::os::unix::net::UnixStream::connect(&self.socket) {
+                Ok(stream) => break stream,
+                // The file is there a moment before anybody listens.
+                Err(e) => assert!(started.elapsed() < LIMIT, "{e}\n{}", self.vm.report()),
+            }
+        };
+        let body = match body {
+            Value::Null => String::new(),
+            body => body.to_string(),
+        };
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all((head + &body).as_bytes()).unwrap();
+        let mut answer = String::new();
+        let read = stream.read_to_string(&mut answer);
+        read.unwrap_or_else(|e| panic!("{e}\n{}", self.vm.report()));
+        answer
+    }
+
+    #[track_caller]
+    fn ask(&self, method: &str, path: &str, body: Value) {
+        let answer = self.request(method, path, &body);
+        assert!(
+            answer.starts_with("HTTP/1.1 20"),
+            "{path}: {answer}\n{}",
+            self.vm.report()
+        );
+    }
+}
+
+#[test]
+fn a_served_vm_is_configured_steered_and_changed_under_the_filters() {
+    let dir = temp_dir();
+    let disk = |name: &str, size: usize| file(&dir, name, &vec![0; size]);
+    let (first, second, third) = (disk("1", 4096), disk("2", 8192), disk("3", 4096));
+    let mut served = Served::start(&["--pci"]);
+    let drive = |id: &str, path: &PathBuf| json!({ "drive_id": id, "path_on_host": path, "is_root_device": false });
+    let kernel = payload("end", "DEAF");
+    for (path, body) in [
+        ("/boot-source", json!({ "kernel_image_path": kernel })),
+        (
+            "/machine-config",
+            json!({ "vcpu_count": 2, "mem_size_mib": 64 }),
+        ),
+        ("/drives/a", drive("a", &first)),
+        (
+            "/vsock",
+            json!({ "guest_cid": 3, "uds_path": dir.path().join("vsock") }),
+        ),
+        ("/entropy", json!({})),
+        (
+            "/balloon",
+            json!({ "amount_mib": 0, "deflate_on_oom": true }),
+        ),
+        (
+            "/metrics",
+            json!({ "metrics_path": dir.path().join("metrics") }),
+        ),
+        (
+            "/logger",
+            json!({ "log_path": dir.path().join("log"), "level": "Debug" }),
+        ),
+        ("/actions", json!({ "action_type": "InstanceStart" })),
+    ] {
+        served.ask("PUT", path, body);
+    }
+    served.vm.expect("go\n");
+    assert_threads(&served.vm, "2", "1");
+    for (method, path, body) in [
+        (
+            "PATCH",
+            "/drives/a",
+            json!({ "drive_id": "a", "path_on_host": second }),
+        ),
+        ("PUT", "/drives/b", drive("b", &third)),
+        ("PATCH", "/balloon", json!({ "amount_mib": 8 })),
+        ("PATCH", "/vm", json!({ "state": "Paused" })),
+        ("PATCH", "/vm", json!({ "state": "Resumed" })),
+        ("PUT", "/actions", json!({ "action_type": "FlushMetrics" })),
+        ("GET", "/vm/config", Value::Null),
+    ] {
+        served.ask(method, path, body);
+    }
+    served.vm.signal(rustix::process::Signal::TERM);
+    served.vm.expect("pressed\n");
+    served.vm.signal(rustix::process::Signal::TERM);
+    served.vm.wait().expect_status(143);
+}
+
+#[test]
+fn a_user_network_over_the_socket_needs_leave() {
+    let network = json!({ "iface_id": "n", "host_dev_name": "", "user": {} });
+    let served = Served::start(&[]);
+    let answer = served.request("PUT", "/network-interfaces/n", &network);
+    assert!(
+        answer.contains("--user-networks"),
+        "{answer}\n{}",
+        served.vm.report()
+    );
+    // It lives.
+    served.ask("GET", "/", Value::Null);
+    let (dir, log, path) = fake_passt();
+    let mut command = husk();
+    let socket = dir.path().join("api");
+    command
+        .args(["serve", "--user-networks", "--api-sock", text(&socket)])
+        .env("PATH", path);
+    let vm = Vm::start(&mut command, LIMIT);
+    let started = Instant::now();
+    while !socket.exists() {
+        assert!(started.elapsed() < LIMIT, "no socket\n{}", vm.report());
+        std::thread::yield_now();
+    }
+    let served = Served {
+        vm,
+        socket,
+        _dir: dir,
+    };
+    served.ask("PUT", "/network-interfaces/n", network);
+    let started = Instant::now();
+    while !log.exists() {
+        assert!(
+            started.elapsed() < LIMIT,
+            "no passt\n{}",
+            served.vm.report()
+        );
+        std::thread::yield_now();
+    }
 }

@@ -9,6 +9,7 @@ mod control;
 mod error;
 mod features;
 mod io;
+mod launcher;
 mod mmds;
 mod passt;
 mod rx;
@@ -18,6 +19,7 @@ mod tests;
 mod tx;
 
 pub use error::Error;
+pub use launcher::{refuse as refuse_programs, start as start_launcher};
 
 use crate::rate_limiter::RateLimiter;
 use backend::{Backend, Event};

@@ -8,10 +8,12 @@ use super::Error;
 use super::backend::{Backend, Event, Facts, HEADER, LEAST, MOST, Packet, Received, Room, Sent};
 use super::features::GUEST_CSUM;
 use super::io::Vectors;
+use super::launcher;
 use husk_config::{Forward, NetworkInterface, UserNetwork};
 use rustix::event::epoll;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType};
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -32,6 +34,8 @@ pub struct Passt {
     /// Becomes readable when the socket becomes writable, which the event loop does not watch.
     writable: OwnedFd,
     child: Child,
+    /// The same as a descriptor, by which alone a thread under a seccomp filter may end it. None: the host has none.
+    process: Option<OwnedFd>,
     /// What it has to say.
     stderr: OwnedFd,
     mtu: u16,
@@ -68,20 +72,21 @@ impl Passt {
         let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
         let (stderr, said) = pipe_with(flags).map_err(|e| Error::Socket(e.into()))?;
         let mtu = config.mtu.unwrap_or(MTU).min(MTU);
-        let child = command
+        command
             .args(arguments(&user.forwards, mtu))
             .stdin(theirs)
             .stdout(Stdio::null())
-            .stderr(said)
-            .spawn()
-            .map_err(|e| match e.kind() {
-                io::ErrorKind::NotFound => Error::NoPasst,
-                _ => Error::StartPasst(e),
-            })?;
+            .stderr(said);
+        let child = launcher::spawn(command).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => Error::NoPasst,
+            _ => Error::StartPasst(e),
+        })?;
+        let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).ok();
         Ok(Self {
             socket: ours,
             writable,
             child,
+            process,
             stderr,
             mtu,
             flags: 0,
@@ -173,8 +178,12 @@ impl Passt {
     /// End the process, which may have ended already, and collect it.
     fn end(&mut self) -> io::Result<ExitStatus> {
         let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
+        if let Some(status) = self.child.try_wait()? {
+            return Ok(status);
+        }
         // Where this may not be done, passt may take its time to see the socket end; it is not waited for.
-        self.child.kill()?;
+        let process = self.process.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        pidfd_send_signal(process, Signal::KILL)?;
         self.child.wait()
     }
 
