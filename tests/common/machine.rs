@@ -50,7 +50,11 @@ impl Machine {
 
     fn new(limit: Duration) -> Self {
         static ONCE: Once = Once::new();
-        ONCE.call_once(|| husk_vmm::install_kick_handler().unwrap());
+        ONCE.call_once(|| {
+            husk_vmm::install_kick_handler().unwrap();
+            // The VM's threads are confined, as those of the program are.
+            husk_sandbox::catch_violations(|| ()).unwrap();
+        });
         let (wake, woken) = channel();
         let console = Stream::default();
         let wire = Arc::new(Wire::new(|| ()));

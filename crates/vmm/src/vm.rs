@@ -105,7 +105,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// A monitor that nobody watches, whose guests have this console.
+    /// A monitor that nobody watches, whose guests have this console. The VM's threads are confined.
     pub fn new(console: Console, cache: Cache, timeline: Arc<Timeline>, wake: Wake) -> Self {
         Self {
             identity: Identity {
@@ -117,7 +117,7 @@ impl Host {
             console,
             mmds: Mmds::new(husk_mmds::DEFAULT_LIMIT),
             cache,
-            filters: Filters::none(),
+            filters: Filters::built_in(),
             count_exits: false,
             timeline,
             wake,
