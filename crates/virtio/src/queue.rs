@@ -14,7 +14,9 @@ use virtio_bindings::bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
     VRING_USED_F_NO_NOTIFY,
 };
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory, VolatileSlice,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Most buffers that one chain may have. Drivers keep to what the device's configuration says, which is less.
@@ -223,6 +225,24 @@ struct Descriptor {
     next: u16,
 }
 
+impl Descriptor {
+    /// Number `index` of `table`.
+    fn read(table: &VolatileSlice, index: u16) -> Result<Self, QueueError> {
+        let at = usize::from(index) * DESCRIPTOR_SIZE as usize;
+        let [low, high]: [u64; 2] = table
+            .get_ref(at)
+            .map_err(|_| QueueError::NoDescriptor(index))?
+            .load();
+        let high = u64::from_le(high);
+        Ok(Self {
+            address: u64::from_le(low),
+            length: high as u32,
+            flags: (high >> 32) as u32 & 0xffff,
+            next: (high >> 48) as u16,
+        })
+    }
+}
+
 impl ActiveQueue {
     /// Queue number `index` of its device, in `mem`. `event_idx`: whether EVENT_IDX was negotiated.
     pub fn new(
@@ -317,7 +337,8 @@ impl ActiveQueue {
     }
 
     fn walk(&self, chain: &mut Chain) -> Result<(), QueueError> {
-        let (mut table, mut size) = (self.state.descriptors, self.state.size);
+        let mut size = self.state.size;
+        let mut table = self.table(self.state.descriptors, size)?;
         let mut indirect = false;
         let mut next = chain.head;
         let mut left = usize::from(size);
@@ -325,7 +346,7 @@ impl ActiveQueue {
             if next >= size {
                 return Err(QueueError::NoDescriptor(next));
             }
-            let descriptor = self.descriptor(table, next)?;
+            let descriptor = Descriptor::read(&table, next)?;
             if descriptor.flags & VRING_DESC_F_INDIRECT != 0 {
                 let entries = u64::from(descriptor.length) / DESCRIPTOR_SIZE;
                 let whole = entries * DESCRIPTOR_SIZE == u64::from(descriptor.length);
@@ -334,8 +355,8 @@ impl ActiveQueue {
                     return Err(QueueError::Indirect(descriptor.length));
                 }
                 indirect = true;
-                self.check_buffer(descriptor.address, descriptor.length)?;
-                (table, size, next) = (descriptor.address, entries as u16, 0);
+                (size, next) = (entries as u16, 0);
+                table = self.table(descriptor.address, size)?;
                 left = usize::from(size).min(MAX_BUFFERS);
                 continue;
             }
@@ -383,16 +404,13 @@ impl ActiveQueue {
         }
     }
 
-    fn descriptor(&self, table: u64, index: u16) -> Result<Descriptor, QueueError> {
-        // The table was checked to lie in memory, so this does not wrap.
-        let address = GuestAddress(table + u64::from(index) * DESCRIPTOR_SIZE);
-        let [low, high]: [u64; 2] = self.mem.read_obj(address)?;
-        let high = u64::from_le(high);
-        Ok(Descriptor {
-            address: u64::from_le(low),
-            length: high as u32,
-            flags: (high >> 32) as u32 & 0xffff,
-            next: (high >> 48) as u16,
+    /// `size` descriptors at `address`, looked up once for all of them.
+    fn table(&self, address: u64, size: u16) -> Result<VolatileSlice<'_>, QueueError> {
+        let bytes = u32::from(size) * DESCRIPTOR_SIZE as u32;
+        let slice = self.mem.get_slice(GuestAddress(address), bytes as usize);
+        slice.map_err(|_| QueueError::Buffer {
+            address,
+            size: bytes,
         })
     }
 
@@ -401,7 +419,9 @@ impl ActiveQueue {
         let slot = self.next_used.0 & (self.state.size - 1);
         let entry = GuestAddress(self.state.used + RING + 8 * u64::from(slot));
         let element = u64::from(head) | u64::from(written) << 32;
-        self.mem.write_obj(element.to_le(), entry)?;
+        let place = self.mem.get_slice(entry, size_of::<u64>())?;
+        let place = place.get_ref(0).map_err(GuestMemoryError::from)?;
+        place.store(element.to_le());
         self.next_used += 1;
         Ok(())
     }

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::backend::{Packet, Room};
-use husk_virtio::{Buffer, GuestMemory, buffers_from};
+use husk_virtio::{Buffer, GuestMemory};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use vm_memory::GuestMemoryBackend;
@@ -72,15 +72,21 @@ impl Vectors {
     }
 
     fn add_guest(&mut self, mem: &GuestMemory, buffers: &[Buffer], skip: usize) -> io::Result<()> {
-        for (buffer, skip) in buffers_from(buffers, skip as u64) {
+        let mut skip = skip;
+        for buffer in buffers {
+            let length = buffer.length as usize;
+            let own = skip.min(length);
+            skip -= own;
+            if own == length {
+                continue;
+            }
             // A slice is checked to lie in one region, whole; what is skipped is less than it.
             let slice = mem
-                .get_slice(buffer.address, buffer.length as usize)
+                .get_slice(buffer.address, length)
                 .map_err(|_| io::Error::from_raw_os_error(libc::EFAULT))?;
-            let skip = skip as usize;
             self.list.push(libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().wrapping_add(skip).cast(),
-                iov_len: slice.len() - skip,
+                iov_base: slice.ptr_guard_mut().as_ptr().wrapping_add(own).cast(),
+                iov_len: length - own,
             });
         }
         Ok(())
