@@ -34,10 +34,10 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 /// Bytes of a sector, the unit of the protocol (5.2.5).
 const SECTOR: u64 = 512;
-/// Descriptors of a queue, at most.
-const QUEUE_SIZE: u16 = 256;
+/// Descriptors of a queue, at most: so many that a request of 1 MiB in pages is not cut in two.
+const QUEUE_SIZE: u16 = 512;
 /// Buffers of data in a request, at most: what a queue has room for, without header and status.
-const SEGMENTS: u32 = 254;
+const SEGMENTS: u32 = 510;
 /// Bytes of each of them, at most, so that no request keeps the I/O thread for long.
 const SEGMENT_SIZE: u32 = 1 << 20;
 /// Segments of a discard, at most.

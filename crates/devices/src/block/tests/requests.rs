@@ -307,7 +307,7 @@ fn segments_of_discards_and_zeroes_are_checked() {
 fn the_driver_is_told_what_the_disk_is_like() {
     let guest = Guest::new(|drive| drive.queues = 4);
     assert_eq!(guest.capacity(), SECTORS);
-    assert_eq!(u32::from_le_bytes(guest.config(12)), 254);
+    assert_eq!(u32::from_le_bytes(guest.config(12)), 510);
     assert_eq!(u32::from_le_bytes(guest.config(20)), 512);
     assert_eq!(
         guest.config(24),
