@@ -3,7 +3,7 @@
 use crate::apt;
 use crate::cargo::{self, TestProgram};
 use crate::demo::{self, Demo};
-use crate::host::{self, shell_quote};
+use crate::host::{self, TempDir, shell_quote};
 use crate::kernel;
 use crate::testbed::{Finish, Testbed};
 use anyhow::{Context, Result, bail};
@@ -26,7 +26,11 @@ const TOOLS: &[(&str, &str)] = &[
     ("curl", "curl"),
     ("gcc", "gcc"),
     ("/usr/include/stdio.h", "libc6-dev"),
+    ("debugfs", "e2fsprogs"),
+    ("dmsetup", "dmsetup"),
     ("ip", "iproute2"),
+    ("iperf3", "iperf3"),
+    ("ldd", "libc-bin"),
     ("losetup", "mount"),
     ("mkfs.ext4", "e2fsprogs"),
     ("mkfs.erofs", "erofs-utils"),
@@ -240,7 +244,7 @@ fn follow(command: &mut Command, name: &str, tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
-/// Runs the tests of all programs, divided among emulated hosts of one processor each.
+/// Runs the tests of all programs on emulated hosts of one processor each. Whichever is free takes the next test.
 ///
 /// Two such hosts are as fast as one with two processors. And QEMU then emulates each on one thread: on two, guests of four
 /// vCPUs were seen to fault or hang in one boot of thirty.
@@ -250,46 +254,43 @@ fn run_on_testbed(
     args: &[String],
     tally: &mut Tally,
 ) -> Result<()> {
-    let mut shares: Vec<Vec<Share>> = (0..TESTBEDS).map(|_| Vec::new()).collect();
+    let mut shares = Vec::new();
     for program in programs {
         let tests = list(program, args)?;
-        for (index, share) in shares.iter_mut().enumerate() {
-            let own = tests
-                .iter()
-                .skip(index)
-                .step_by(TESTBEDS)
-                .cloned()
-                .collect();
-            share.push(Share {
-                program,
-                tests: own,
-            });
-        }
+        shares.push(Share { program, tests });
     }
-    for share in &mut shares {
-        share.retain(|share| !share.tests.is_empty());
-    }
-    shares.retain(|share| !share.is_empty());
-    let count: usize = shares.iter().flatten().map(|share| share.tests.len()).sum();
-    eprintln!("==> {count} tests on {} testbeds", shares.len());
+    let all: usize = shares.iter().map(|share| share.tests.len()).sum();
+    let hosts = TESTBEDS.min(all);
+    eprintln!("==> {all} tests on {hosts} testbeds");
     Testbed::prepare()?;
-    let results: Vec<Result<Tally>> = std::thread::scope(|scope| {
-        let start = |share| scope.spawn(move || run_share(share, env));
-        let started: Vec<_> = shares.iter().map(|share| start(share)).collect();
+    let claims = TempDir::new(&std::env::temp_dir(), "husk-claims")?;
+    let results: Vec<Result<Results>> = std::thread::scope(|scope| {
+        let start = || scope.spawn(|| run_host(&shares, claims.path(), env));
+        let started: Vec<_> = (0..hosts).map(|_| start()).collect();
         let joined = started.into_iter().map(|thread| thread.join());
         joined
             .map(|result| result.unwrap_or_else(|_| bail!("a testbed's thread panicked")))
             .collect()
     });
+    let mut sum = Results::default();
     for result in results {
-        let part = result?;
-        tally.passed += part.passed;
-        tally.failed += part.failed;
+        sum.ended.extend(result?.ended);
     }
+    for (share, left) in shares.iter().zip(sum.left(&shares)) {
+        for test in left {
+            eprintln!(
+                "xtask: {} {test} did not come to an end",
+                share.program.target
+            );
+        }
+    }
+    let passed = sum.ended.values().filter(|&&ok| ok).count();
+    tally.passed += passed as u64;
+    tally.failed += (all - passed) as u64;
     Ok(())
 }
 
-/// Some tests of one program, by their full names.
+/// The tests of one program, by their full names.
 struct Share<'a> {
     program: &'a TestProgram,
     tests: Vec<String>,
@@ -307,16 +308,12 @@ fn list(program: &TestProgram, args: &[String]) -> Result<Vec<String>> {
     Ok(names.map(str::to_owned).collect())
 }
 
-/// Runs a share of the tests on an emulated host. One that dies is replaced: a program cannot hang a sound kernel, and
-/// software emulation of a processor is not always sound. A test during which that happens twice has failed.
-fn run_share(shares: &[Share], env: &[(String, String)]) -> Result<Tally> {
+/// Runs what no other host has claimed, on an emulated host. One that dies is replaced: a program cannot hang a sound kernel,
+/// and software emulation of a processor is not always sound. A test during which that happens twice has failed.
+fn run_host(shares: &[Share], claims: &Path, env: &[(String, String)]) -> Result<Results> {
     let mut results = Results::default();
     let mut suspects: Vec<(usize, String)> = Vec::new();
     for boot in 0..=REPLACEMENTS {
-        let left = results.left(shares);
-        if left.iter().all(Vec::is_empty) {
-            break;
-        }
         if boot > 0 {
             eprintln!("==> another emulated host, for the tests that are left");
         }
@@ -324,10 +321,11 @@ fn run_share(shares: &[Share], env: &[(String, String)]) -> Result<Tally> {
             cpus: 1,
             memory_mib: TESTBED_MIB,
             limit: Some(TESTBED_LIMIT),
+            out: Some(claims.to_path_buf()),
             env: env.to_vec(),
             ..Testbed::default()
         };
-        let script = testbed_script(shares, &left)?;
+        let script = testbed_script(shares)?;
         let finish = testbed.run(&["sh".into(), "-c".into(), script], &[], |output| {
             show(&results.feed(output));
         })?;
@@ -340,41 +338,37 @@ fn run_share(shares: &[Share], env: &[(String, String)]) -> Result<Tally> {
         eprintln!("xtask: the emulated host died while {} ran", suspect.1);
         if suspects.contains(&suspect) {
             results.ended.insert(suspect, false);
-        } else {
-            suspects.push(suspect);
-        }
-    }
-    for (share, left) in shares.iter().zip(results.left(shares)) {
-        for test in left {
-            eprintln!(
-                "xtask: {} {test} did not come to an end",
-                share.program.target
-            );
-        }
-    }
-    let all: usize = shares.iter().map(|share| share.tests.len()).sum();
-    let passed = results.ended.values().filter(|&&ok| ok).count();
-    Ok(Tally {
-        passed: passed as u64,
-        failed: (all - passed) as u64,
-    })
-}
-
-/// Runs each program in its folder with those tests that are `left`, and says which one before.
-fn testbed_script(shares: &[Share], left: &[Vec<String>]) -> Result<String> {
-    let mut script = String::new();
-    for (index, (Share { program, .. }, tests)) in shares.iter().zip(left).enumerate() {
-        if tests.is_empty() {
             continue;
         }
+        let claim = claims.join(claim(suspect.0, &suspect.1));
+        std::fs::remove_dir(&claim)
+            .with_context(|| format!("cannot remove {}", claim.display()))?;
+        suspects.push(suspect);
+    }
+    Ok(results)
+}
+
+/// The folder by which a host claims a test: only one can make it.
+fn claim(program: usize, test: &str) -> String {
+    format!("{program}-{}", test.replace("::", "-"))
+}
+
+/// Runs each test that this host is the first to claim, in its program's folder, and says of which program it is.
+fn testbed_script(shares: &[Share]) -> Result<String> {
+    let mut script = String::new();
+    for (index, Share { program, tests }) in shares.iter().enumerate() {
         let folder = shell_quote(program.folder.to_str().context("a folder is not UTF-8")?);
         let path = shell_quote(program.executable.to_str().context("a path is not UTF-8")?);
-        let tests: Vec<String> = tests.iter().map(|test| shell_quote(test)).collect();
-        script += &format!(
-            "cd {folder}; export CARGO_MANIFEST_DIR={folder}; echo {PROGRAM}{index}; {path} --test-threads=1 --exact {}\n",
-            tests.join(" ")
-        );
+        script +=
+            &format!("cd {folder}; export CARGO_MANIFEST_DIR={folder}; echo {PROGRAM}{index}\n");
+        for test in tests {
+            let claim = shell_quote(&format!("/out/{}", claim(index, test)));
+            let test = shell_quote(test);
+            script +=
+                &format!("mkdir {claim} 2>/dev/null && {path} --test-threads=1 --exact {test}\n");
+        }
     }
+    script += "true\n";
     Ok(script)
 }
 
@@ -425,7 +419,11 @@ impl Results {
         let passed = match line.rsplit_once(" ... ") {
             Some((_, "ok")) => true,
             Some((_, "FAILED")) => false,
-            _ => return true,
+            // What a program says of its one test is said already.
+            _ => {
+                return !["", "running 1 test"].contains(&line)
+                    && !line.starts_with("test result: ok");
+            }
         };
         if let Some(test) = self.running.take() {
             self.ended.insert(test, passed);
@@ -499,8 +497,8 @@ mod tests {
         );
     }
 
-    const OUTPUT: &str = "husk-test-program:1\nrunning 3 tests\ntest a::one ... ok\ntest a::two ... FAILED\n\
-        test three ... ";
+    const OUTPUT: &str = "husk-test-program:1\n\nrunning 1 test\ntest a::one ... ok\n\ntest result: ok. 1 passed; 0 failed\n\n\
+        running 1 test\ntest a::two ... FAILED\ntest three ... ";
 
     #[test]
     fn results_are_found_however_the_console_cuts_them() {
@@ -510,7 +508,7 @@ mod tests {
             shown.extend(results.feed(&OUTPUT.as_bytes()[cut..]));
             assert_eq!(
                 String::from_utf8(shown).unwrap(),
-                "running 3 tests\ntest a::one ... ok\ntest a::two ... FAILED\n"
+                "test a::one ... ok\ntest a::two ... FAILED\n"
             );
             let key = |name: &str| (1, name.to_owned());
             let ended = BTreeMap::from([(key("a::one"), true), (key("a::two"), false)]);
@@ -520,7 +518,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_result_is_left_and_runs_again() {
+    fn each_test_is_run_by_the_host_that_claims_it() {
         let (first, second) = (program("husk", "boot", true), program("husk", "net", true));
         let share = |program, tests: &[&str]| Share {
             program,
@@ -532,14 +530,20 @@ mod tests {
         ];
         let mut results = Results::default();
         results.feed(OUTPUT.as_bytes());
-        let left = results.left(&shares);
-        assert_eq!(left, [["three"], ["three"]]);
-        let script = testbed_script(&shares, &left).unwrap();
-        assert_eq!(script.lines().count(), 2);
-        assert!(
-            script.lines().all(|line| line.ends_with("--exact three")),
-            "{script}"
-        );
+        assert_eq!(results.left(&shares), [["three"], ["three"]]);
+        // Run twice, as by two hosts that share a folder, with a program that says what it is called with.
+        let claims = TempDir::new(&std::env::temp_dir(), "husk-claims").unwrap();
+        let script = testbed_script(&shares).unwrap();
+        let script = script
+            .replace("/out", claims.path().to_str().unwrap())
+            .replace("/t/x", "echo")
+            .replace("/src", "/");
+        let said = host::run_quiet(Command::new("sh").args(["-c", &script, "sh"])).unwrap();
+        assert_eq!(said.matches("--exact").count(), 4, "{said}");
+        std::fs::remove_dir(claims.path().join(claim(1, "a::two"))).unwrap();
+        let again = host::run_quiet(Command::new("sh").args(["-c", &script, "sh"])).unwrap();
+        let lines: Vec<&str> = again.lines().filter(|l| l.contains("--exact")).collect();
+        assert_eq!(lines, ["--test-threads=1 --exact a::two"]);
     }
 
     #[test]

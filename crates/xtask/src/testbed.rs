@@ -39,6 +39,9 @@ const MODULES: &[&str] = &[
     "vhost_net",
     "vhost_vsock",
     "loop",
+    "dm_mod",
+    "crc32c_generic",
+    "ext4",
 ];
 
 const INIT: &str = include_str!("testbed-init.sh");
