@@ -78,6 +78,8 @@ pub struct Guest<'a> {
     pub builder: Builder,
     /// Files of the test.
     pub dir: tempfile::TempDir,
+    /// How long one Husk may take.
+    pub limit: Duration,
 }
 
 impl<'a> Guest<'a> {
@@ -94,6 +96,7 @@ impl<'a> Guest<'a> {
             kernel,
             builder,
             dir: temp_dir(),
+            limit: LIMIT,
         }
     }
 
@@ -127,7 +130,7 @@ impl<'a> Guest<'a> {
         command
             .args(["--kernel", text(&self.kernel.image)])
             .args(arguments);
-        Vm::start(&mut command, LIMIT)
+        Vm::start(&mut command, self.limit)
     }
 
     /// As [`Guest::start`], until it ends.

@@ -85,6 +85,11 @@ impl Stream {
         String::from_utf8_lossy(&self.bytes()).replace('\r', "")
     }
 
+    /// Nothing more will come.
+    pub fn has_ended(&self) -> bool {
+        self.0.0.lock().unwrap().ended
+    }
+
     /// Wait until `done` says so of the bytes from `from` on; false when the stream ended or the time was up before.
     fn wait(&self, until: Instant, mut done: impl FnMut(&[u8]) -> bool) -> bool {
         let (received, changed) = &*self.0;
@@ -208,6 +213,23 @@ impl Vm {
         });
         assert!(found, "the console never said {text:?}\n{}", self.report());
         self.seen = at + wanted.len();
+    }
+
+    /// The number that the console says next, once something is behind it.
+    #[track_caller]
+    pub fn expect_number(&mut self) -> u64 {
+        let from = self.seen;
+        let mut digits = 0;
+        let found = self.stdout.wait(self.until, |bytes| {
+            let rest = &bytes[from..];
+            digits = rest.iter().take_while(|b| b.is_ascii_digit()).count();
+            digits < rest.len()
+        });
+        assert!(found && digits > 0, "no number\n{}", self.report());
+        self.seen += digits;
+        let bytes = self.stdout.bytes();
+        let text = std::str::from_utf8(&bytes[from..from + digits]).unwrap();
+        text.parse().unwrap()
     }
 
     /// Wait until the console has said so many bytes in all.
