@@ -12,11 +12,11 @@ mod kind;
 mod shrink;
 mod violation;
 
-pub use compile::{Error as RulesError, Program};
+pub use compile::Error as RulesError;
 pub use kind::Kind;
 pub use violation::{EXIT_STATUS, catch_violations};
 
-use compile::Rules;
+use compile::{Program, Rules};
 use seccompiler::sock_filter;
 use std::io;
 use std::path::{Path, PathBuf};

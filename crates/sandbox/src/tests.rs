@@ -1,5 +1,4 @@
 use super::*;
-use crate::compile::Rules;
 use serde_json::Value;
 use std::collections::BTreeSet;
 
