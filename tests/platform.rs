@@ -5,7 +5,7 @@ mod common;
 
 use common::guest::{Guest, Kernel, LIMIT, md5};
 use common::machine::Machine;
-use common::{pattern, temp_dir};
+use common::{husk, pattern, temp_dir, text};
 use husk_config::{
     CpuTemplate, Drive, HugePages, NetworkInterface, NewDevice, VmConfig, VmmRequest,
 };
@@ -364,6 +364,71 @@ fn network_interfaces_come_and_go_while_the_guest_runs() {
         machine.send("[ -e /sys/class/net/eth0 ] || echo no eth0\n");
         machine.expect("no eth0\n");
     }
+}
+
+#[test]
+fn the_real_binary_does_it_all_over_its_socket_and_under_its_filters() {
+    let kernel = Kernel::debian();
+    let dir = temp_dir();
+    let (socket, image) = (dir.path().join("api"), dir.path().join("image"));
+    std::fs::write(&image, vec![b'1'; 1 << 20]).unwrap();
+    let tap = Tap::new("huskapi");
+    let guest = guest(
+        &kernel,
+        SHELL,
+        &["virtio_pci", "virtio_blk", "virtio_net", "button"],
+    );
+    let socket = text(&socket);
+    let mut vm = guest.start(&["--pci", "--api-sock", socket, "--cmdline", "quiet"]);
+    vm.expect("ready\n");
+    let ask = |method: &str, path: &str, body: String| {
+        let words = ["api", "--api-sock", socket, method, path];
+        let body = (!body.is_empty()).then_some(body);
+        let output = husk().args(words).args(body).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{method} {path}: {said}{error}\n");
+        said
+    };
+    let until_gone = |path: &str| {
+        let until = Instant::now() + Duration::from_secs(60);
+        while ask("GET", "/vm/config", String::new()).contains(path) {
+            assert!(Instant::now() < until, "{path} stays");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    let path = text(&image);
+    for limiter in [
+        "",
+        r#", "rate_limiter": {"ops": {"size": 1000, "refill_time": 100}}"#,
+    ] {
+        let drive = format!(
+            r#"{{"drive_id": "d", "path_on_host": "{path}", "is_root_device": false, "is_read_only": false{limiter}}}"#
+        );
+        ask("PUT", "/drives/d", drive);
+        vm.send(b"until [ -b /dev/vda ]; do sleep 0.1; done; head -c 3 /dev/vda; echo; echo x | dd of=/dev/vda seek=9 2>/dev/null; sync; echo synced\n");
+        vm.expect("111\n");
+        vm.expect("synced\n");
+        ask("PATCH", "/vm", r#"{"state": "Paused"}"#.into());
+        ask("PATCH", "/vm", r#"{"state": "Resumed"}"#.into());
+        ask("DELETE", "/drives/d", String::new());
+        until_gone(path);
+    }
+    let name = tap.name;
+    let interface = format!(r#"{{"iface_id": "n", "host_dev_name": "{name}"}}"#);
+    ask("PUT", "/network-interfaces/n", interface);
+    vm.send(b"until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done; ip addr add 10.117.3.2/24 dev eth0; ip link set eth0 up; ping -c 2 -W 5 10.117.3.1\n");
+    vm.expect(" 0% packet loss");
+    ask("DELETE", "/network-interfaces/n", String::new());
+    until_gone(name);
+    // There is no keyboard: the power button.
+    ask(
+        "PUT",
+        "/actions",
+        r#"{"action_type": "SendCtrlAltDel"}"#.into(),
+    );
+    vm.expect("Power down");
+    vm.wait().expect_status(0);
 }
 
 fn attach(machine: &mut Machine, device: NewDevice) {
