@@ -47,6 +47,9 @@ pub struct Args {
     /// Leave out the devices' throughput on the testbed
     #[arg(long)]
     no_devices: bool,
+    /// Devices: the testbed copies eight bytes with an instruction, not one (its processor has no ERMS)
+    #[arg(long)]
+    copy_by_word: bool,
     /// Leave out the first byte on this machine
     #[arg(long)]
     no_first_byte: bool,
@@ -97,7 +100,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         boot_to_init(&husk, temp.path(), &mut verdicts)?;
     }
     if !args.no_devices {
-        bench_devices::run(&husk, temp.path(), &mut verdicts)?;
+        bench_devices::run(&husk, temp.path(), args.copy_by_word, &mut verdicts)?;
     }
     let size = fs::metadata(&husk)
         .with_context(|| format!("cannot read {}", husk.display()))?
