@@ -13,7 +13,16 @@ fn main() {
 /// The version of glibc that is linked: the C compiler's, which is the linker's front end.
 fn glibc() -> Option<(u32, u32)> {
     let output = Command::new("cc")
-        .args(["-E", "-P", "-dM", "-include", "features.h", "-x", "c", "/dev/null"])
+        .args([
+            "-E",
+            "-P",
+            "-dM",
+            "-include",
+            "features.h",
+            "-x",
+            "c",
+            "/dev/null",
+        ])
         .output()
         .ok()?;
     let text = String::from_utf8(output.stdout).ok()?;

@@ -139,6 +139,8 @@ impl Session {
     /// Until the VM has ended and everything is printed and closed. The exit status.
     pub fn go(options: Options, first: First) -> Result<u8, Failure> {
         logging::set_instance(&options.identity.id);
+        // What parses the command line is not needed any more.
+        husk_vmm::forget_code();
         // Handlers for what kills come first: those for what asks replace some of them.
         husk_console::install_fatal_signal_handlers().map_err(|e| trouble(&e))?;
         husk_sandbox::catch_violations(Terminal::emergency_restore).map_err(|e| trouble(&e))?;
@@ -261,6 +263,7 @@ impl Session {
                 }
             }
         };
+        husk_vmm::forget_code();
         let end = self.until_over();
         drop(input);
         end

@@ -6,6 +6,7 @@
 
 mod devices;
 mod error;
+mod footprint;
 mod lifecycle;
 mod load;
 mod memory;
@@ -18,6 +19,7 @@ mod view;
 mod vm;
 
 pub use error::{Error, chain};
+pub use footprint::forget_code;
 pub use lifecycle::{Outcome, Wake};
 pub use timeline::{Phase, Timeline};
 pub use vcpu::{ExitCounts, install_kick_handler};

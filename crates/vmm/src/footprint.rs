@@ -1,0 +1,28 @@
+//! The process's own memory.
+
+use rustix::mm::{Advice, madvise};
+
+const PAGE: usize = 4096;
+
+unsafe extern "C" {
+    // The linker's: where the executable begins in memory, and where its code ends.
+    static __executable_start: u8;
+    static etext: u8;
+}
+
+/// Let go of the pages of the executable's code and constants that were used so far. They come back from the host's page cache
+/// when they are used again, a fault for each 64 KiB. What only starts a VM is not kept resident while the VM runs.
+pub fn forget_code() {
+    let start = (&raw const __executable_start).addr();
+    let end = (&raw const etext).addr() & !(PAGE - 1);
+    let Some(size) = end.checked_sub(start) else {
+        return;
+    };
+    // SAFETY: the range is the executable's own segments of constants and code, which are mapped privately from its file and
+    // never written: relocations are elsewhere. What is dropped is read again from the same file, which cannot be written
+    // while it runs (ETXTBSY).
+    let result = unsafe { madvise(start as *mut _, size, Advice::LinuxDontNeed) };
+    if let Err(e) = result {
+        log::debug!("the executable's pages are kept: {e}");
+    }
+}
