@@ -79,7 +79,7 @@ pub fn random_writes_come_back_from_each_engine(kernel: &Kernel, flags: &[&str])
     const SMALL: u64 = 8;
     let own = usize::from(kernel.modules.is_some()) * 2 + usize::from(flags.contains(&"--pci"));
     let dir = temp_dir();
-    let direct = Mount::ext4((LARGE + 32) << 20);
+    let direct = Mount::ext4((LARGE + 96) << 20);
     let image = |index: usize, folder: &std::path::Path| {
         let mib = if index == own { LARGE } else { SMALL };
         let path = folder.join(format!("image{index}"));
