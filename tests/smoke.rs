@@ -2,6 +2,8 @@
 //!
 //! They need /dev/kvm and `cc`, and fail without. No KVM is too slow for them: they run where Linux does not.
 
+#[path = "smoke/api.rs"]
+mod api;
 mod common;
 #[path = "smoke/errors.rs"]
 mod errors;
