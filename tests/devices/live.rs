@@ -148,6 +148,8 @@ carrier 0
 ping -q -c 2 -W 1 {host} | grep received
 echo down; read -r go
 carrier 1
+# Linux sends again a while after it has seen the carrier (linkwatch).
+until ping -q -c 1 -W 1 {host} >/dev/null; do :; done
 ping -q -c 2 {host} | grep received
 echo again; read -r go
 tool copy tcp:{host}:5001 /dev/null &
