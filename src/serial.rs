@@ -4,6 +4,7 @@ use husk_config::Serial;
 use husk_console::FileOutput;
 use husk_devices::rate_limiter::Allowance;
 use husk_devices::serial::Output;
+use husk_metrics::METRICS;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -39,8 +40,12 @@ impl Output for Limited {
             .unwrap_or_else(PoisonError::into_inner);
         let allowed = allowance.take(bytes.len() as u64);
         drop(allowance);
-        if allowed {
-            self.output.write(bytes);
+        match allowed {
+            true => self.output.write(bytes),
+            false => METRICS
+                .uart
+                .rate_limiter_dropped_bytes
+                .add(bytes.len() as u64),
         }
     }
 }

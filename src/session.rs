@@ -14,7 +14,7 @@ use signal_hook::consts::signal::{
 };
 use std::io::Write;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -305,7 +305,15 @@ impl Session {
     /// Answer requests until a VM runs; or the end, when it is told to end before.
     fn serve(&mut self, ears: Ears) -> Result<Result<Input, End>, Failure> {
         loop {
-            match self.events.recv() {
+            let received = match husk_metrics::next_flush() {
+                Some(at) => {
+                    let pause = at.saturating_duration_since(Instant::now());
+                    self.events.recv_timeout(pause)
+                }
+                None => self.events.recv().map_err(RecvTimeoutError::from),
+            };
+            match received {
+                Err(RecvTimeoutError::Timeout) => metrics::flush_if_due(Instant::now()),
                 Ok(Event::Request(VmmRequest::Boot, reply)) => {
                     if let Err(e) = self.vmm.build() {
                         reply(Err(refusal(&e)));
@@ -333,7 +341,7 @@ impl Session {
                 }
                 Ok(Event::Key(_) | Event::Vm | Event::Down) => {}
                 // This session has a sender of its own.
-                Err(_) => return Ok(Err(End::default())),
+                Err(RecvTimeoutError::Disconnected) => return Ok(Err(End::default())),
             }
         }
     }

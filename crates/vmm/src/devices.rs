@@ -1,10 +1,12 @@
 //! Virtio devices: made from their configuration, put on a bus, and connected to KVM.
 
 use crate::error::Error;
+use crate::footprint::schedule_in_batches;
+use crate::vm::Watch;
 use husk_arch::acpi::MmioSlot;
 use husk_arch::layout;
 use husk_bus::Bus;
-use husk_config::{DeviceUpdate, Drive, NetworkInterface, NewDevice, VmConfig};
+use husk_config::{DeviceUpdate, Drive, Event, NetworkInterface, NewDevice, VmConfig};
 use husk_devices::balloon::Balloon;
 use husk_devices::block::Block;
 use husk_devices::entropy::Entropy;
@@ -25,10 +27,15 @@ use std::fmt::Write;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 /// A device that is on no bus yet, with its name.
 pub type Named = (String, Box<dyn VirtioDevice>);
+
+/// How often it is told that a device was reset: a guest may do it without end.
+const RESETS_APART: Duration = Duration::from_millis(100);
 
 /// How many devices have an interrupt line of their own.
 const MOST_ON_MMIO: usize = (layout::IO_APIC_PINS - layout::VIRTIO_IRQ) as usize;
@@ -272,19 +279,45 @@ pub struct Devices {
 
 /// What the devices run on, as soon as there is one.
 struct Threads {
-    io: Arc<DeviceThread>,
+    /// For all devices but network interfaces.
+    io: Option<Arc<DeviceThread>>,
+    /// For network interfaces.
+    net: Option<Arc<DeviceThread>>,
     doorbells: DoorbellThread,
 }
 
 impl Threads {
     fn start(place: &Place) -> Result<Self, Error> {
-        let filters = place.filters.clone();
-        let io = DeviceThread::start("io0", move || filters.confine(Kind::Io));
-        let io = io.map_err(|e| failed("I/O thread", e))?;
         Ok(Self {
-            io: Arc::new(io),
+            io: None,
+            net: None,
             doorbells: DoorbellThread::start(Arc::clone(place.kvm), place.filters.clone())?,
         })
+    }
+
+    /// The I/O thread for a device of this virtio device ID.
+    ///
+    /// That of network interfaces is scheduled in batches: it does not preempt the vCPU that has just made a packet
+    /// available, so that packets come in rows, and so do kicks and interrupts. A disk has its own thread, because one that
+    /// waits for each block would only wait longer.
+    fn for_device(&mut self, id: u32, filters: &Filters) -> Result<Arc<DeviceThread>, Error> {
+        let is_net = id == VIRTIO_ID_NET;
+        let (thread, name) = match is_net {
+            true => (&mut self.net, "net0"),
+            false => (&mut self.io, "io0"),
+        };
+        if let Some(thread) = thread {
+            return Ok(Arc::clone(thread));
+        }
+        let filters = filters.clone();
+        let prepare = move || {
+            if is_net {
+                schedule_in_batches();
+            }
+            filters.confine(Kind::Io);
+        };
+        let started = DeviceThread::start(name, prepare).map_err(|e| failed("I/O thread", e))?;
+        Ok(Arc::clone(thread.insert(Arc::new(started))))
     }
 }
 
@@ -306,6 +339,8 @@ pub struct Place<'a> {
     pub kvm: &'a Arc<husk_kvm::Vm>,
     /// What their threads may ask of the host's kernel.
     pub filters: &'a Filters,
+    /// Hears when one is reset.
+    pub watch: &'a Watch,
 }
 
 impl Devices {
@@ -335,12 +370,24 @@ impl Devices {
             Some(threads) => threads,
             none => none.insert(Threads::start(place)?),
         };
-        let (io, doorbells) = (Arc::clone(&threads.io), &threads.doorbells);
+        let io = threads.for_device(device.info().id, place.filters)?;
+        let doorbells = &threads.doorbells;
         let transport = match (&self.bridge, slot) {
             (Some(bridge), _) => attach_pci(device, io, place, bridge, doorbells)?,
             (None, Some(slot)) => attach_mmio(device, io, place, slot, doorbells)?,
             (None, None) => return Err(Error::State("a device has no place")),
         };
+        let (name, watch) = (id.clone(), place.watch.clone());
+        let told = Mutex::new(None::<Instant>);
+        let tell = move || {
+            let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+            if told.is_none_or(|at| at.elapsed() >= RESETS_APART) {
+                *told = Some(Instant::now());
+                let device = name.clone();
+                watch(Event::DeviceReset { device });
+            }
+        };
+        transport.with_core(|core| core.when_reset(Box::new(tell)));
         self.attached.push((id, transport));
         match self.attached.last() {
             Some((_, transport)) => Ok(transport),

@@ -1,4 +1,4 @@
-//! The process's own memory.
+//! What the process asks of the host for itself: memory that it gives back, and how its threads are scheduled.
 
 use rustix::mm::{Advice, madvise};
 
@@ -24,5 +24,17 @@ pub fn forget_code() {
     let result = unsafe { madvise(start as *mut _, size, Advice::LinuxDontNeed) };
     if let Err(e) = result {
         log::debug!("the executable's pages are kept: {e}");
+    }
+}
+
+/// Have this thread scheduled in batches (SCHED_BATCH): when it wakes up it does not preempt who runs. It still runs at once where
+/// a processor is free.
+pub fn schedule_in_batches() {
+    let parameter = libc::sched_param { sched_priority: 0 };
+    // SAFETY: 0 is this thread, and the parameter lives as long as the call.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &parameter) };
+    if result != 0 {
+        let e = std::io::Error::last_os_error();
+        log::debug!("a thread is scheduled as any other: {e}");
     }
 }

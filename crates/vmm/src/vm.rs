@@ -142,6 +142,7 @@ pub struct Vm {
     devices: Devices,
     kvm: Arc<husk_kvm::Vm>,
     filters: Filters,
+    watch: Watch,
     memory: GuestMemory,
 }
 
@@ -246,6 +247,7 @@ impl Vm {
             memory: self.memory.memory(),
             kvm: &self.kvm,
             filters: &self.filters,
+            watch: &self.watch,
         };
         let slot = self.devices.plug(device, self.platform.slots, &place)?;
         if let Some(hotplug) = &self.platform.hotplug {
@@ -490,6 +492,7 @@ impl Ready {
             memory: memory.memory(),
             kvm: &kvm,
             filters: &host.filters,
+            watch: &host.watch,
         };
         let devices = Devices::attach(opened, config.pci, &place)?;
         let go = Go {
@@ -506,6 +509,7 @@ impl Ready {
             devices,
             kvm,
             filters: host.filters.clone(),
+            watch: Arc::clone(&host.watch),
             memory,
         };
         for (index, mut vcpu) in (1u32..).zip(others) {

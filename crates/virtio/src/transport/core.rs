@@ -6,8 +6,8 @@ use crate::thread::{DeviceThread, RunningId};
 use crate::{F_EVENT_IDX, F_RING_RESET, F_VERSION_1, GuestMemory, RING_FEATURES};
 use husk_bus::Interrupt;
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -79,6 +79,16 @@ enum Place {
 struct Signals {
     interrupt: Arc<dyn Interrupt>,
     needs_reset: AtomicBool,
+    /// Hears of resets of a started device.
+    when_reset: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+impl Signals {
+    fn tell_of_reset(&self) {
+        if let Some(tell) = self.when_reset.get() {
+            tell();
+        }
+    }
 }
 
 impl Interrupt for Signals {
@@ -91,7 +101,9 @@ impl Interrupt for Signals {
     }
 
     fn needs_reset(&self) {
-        self.needs_reset.store(true, Ordering::Release);
+        if !self.needs_reset.swap(true, Ordering::AcqRel) {
+            self.tell_of_reset();
+        }
         self.interrupt.needs_reset();
     }
 }
@@ -147,6 +159,7 @@ impl Core {
             signals: Arc::new(Signals {
                 interrupt,
                 needs_reset: AtomicBool::new(false),
+                when_reset: OnceLock::new(),
             }),
             when_started: None,
         };
@@ -157,6 +170,13 @@ impl Core {
     /// Call `what` once, on the vCPU that starts the device for the first time.
     pub fn when_started(&mut self, what: Box<dyn FnOnce() + Send>) {
         self.when_started = Some(what);
+    }
+
+    /// Call `what` whenever the driver resets a device that it had started, and when the device cannot go on without: on a vCPU's
+    /// or an I/O thread, as often as a guest likes. Once.
+    pub fn when_reset(&mut self, what: Box<dyn Fn() + Send + Sync>) {
+        // A second one is not heard.
+        let _ = self.signals.when_reset.set(what);
     }
 
     /// virtio device ID (5).
@@ -549,6 +569,9 @@ impl Core {
     }
 
     fn reset(&mut self) {
+        if self.status & DRIVER_OK != 0 {
+            self.signals.tell_of_reset();
+        }
         self.stop();
         self.forget_driver();
     }
