@@ -16,6 +16,7 @@ mod seccomp;
 #[path = "smoke/settings.rs"]
 mod settings;
 
+use common::payload::payload;
 use common::{Ended, Tty, Vm, assert_same_bytes, husk, husk_binary, pattern, temp_dir, text};
 use errors::Refused;
 use rustix::process::Signal;
@@ -23,7 +24,6 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// No test waits longer than this for one Husk to end, however slow the machine.
@@ -543,38 +543,6 @@ fn the_terminal_is_restored_after_two_signals_and_a_killing_one() {
 }
 
 // ---- Help ----
-
-/// The path of the payload kernel `tests/payloads/NAME.S`, assembled with the macro `define` (if any) defined.
-fn payload(name: &str, define: &str) -> String {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/payloads");
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("payloads");
-    std::fs::create_dir_all(&target).unwrap();
-    let kernel = target.join(format!("{name}{define}"));
-    // Tests run at the same time: the file comes into being whole.
-    let next = NEXT.fetch_add(1, Ordering::Relaxed);
-    let fresh = target.join(format!("{name}{define}.{}.{next}", std::process::id()));
-    let mut cc = Command::new("cc");
-    cc.args(["-nostdlib", "-static", "-no-pie"])
-        .args([
-            "-Wl,-Ttext=0x1000000",
-            "-Wl,--build-id=none",
-            "-Wl,-z,noexecstack",
-        ])
-        .args((!define.is_empty()).then(|| format!("-D{define}")))
-        .arg("-o")
-        .args([&fresh, &source.join(format!("{name}.S"))]);
-    let output = cc.output().unwrap_or_else(|e| {
-        panic!("the smoke tests need a C compiler named cc (apt-get install gcc): {e}")
-    });
-    assert!(
-        output.status.success(),
-        "{cc:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    std::fs::rename(&fresh, &kernel).unwrap();
-    text(&kernel).to_owned()
-}
 
 fn file(dir: &tempfile::TempDir, name: &str, content: &[u8]) -> PathBuf {
     let path = dir.path().join(name);

@@ -9,6 +9,7 @@ mod apt;
 mod bench;
 mod bench_devices;
 mod cargo;
+mod clients;
 mod demo;
 mod fuzz;
 mod guest;

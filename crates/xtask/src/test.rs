@@ -2,6 +2,7 @@
 
 use crate::apt;
 use crate::cargo::{self, TestProgram};
+use crate::clients;
 use crate::demo::{self, Demo};
 use crate::host::{self, TempDir, shell_quote};
 use crate::kernel;
@@ -42,6 +43,9 @@ const TOOLS: &[(&str, &str)] = &[
 
 /// How often an emulated host that hangs or ends by itself is replaced. The tests that it had not come to run on the next.
 const REPLACEMENTS: usize = 2;
+
+/// The tests that drive Husk by clients of others.
+const CLIENTS: &str = "clients";
 
 /// `cargo xtask test`.
 #[derive(clap::Args)]
@@ -100,7 +104,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 "the native smoke tests need /dev/kvm, and this machine has none: enable virtualisation, or name the tests to run without them"
             );
         }
-        let env = vec![("HUSK_BIN".to_owned(), husk.display().to_string())];
+        let mut env = vec![("HUSK_BIN".to_owned(), husk.display().to_string())];
+        if program.target == CLIENTS {
+            let place = clients::ensure()?.display().to_string();
+            env.push(("HUSK_TEST_CLIENTS".into(), place));
+        }
         run_native(program, &env, &args.program_args, &mut tally)?;
     }
     let end_to_end: Vec<&TestProgram> = of(Kind::EndToEnd).collect();
@@ -129,7 +137,7 @@ fn kind_of(program: &TestProgram) -> Kind {
         program.package == "husk" && program.integration,
         program.target.as_str(),
     ) {
-        (true, "smoke") => Kind::Smoke,
+        (true, "smoke" | CLIENTS) => Kind::Smoke,
         (true, _) => Kind::EndToEnd,
         (false, _) => Kind::Unit,
     }
@@ -551,6 +559,7 @@ mod tests {
         assert_eq!(kind_of(&program("husk", "husk", false)), Kind::Unit);
         assert_eq!(kind_of(&program("husk-virtio", "kit", true)), Kind::Unit);
         assert_eq!(kind_of(&program("husk", "smoke", true)), Kind::Smoke);
+        assert_eq!(kind_of(&program("husk", "clients", true)), Kind::Smoke);
         assert_eq!(kind_of(&program("husk", "boot", true)), Kind::EndToEnd);
     }
 
