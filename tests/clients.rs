@@ -2,7 +2,7 @@
 //! with a payload kernel. Run by `cargo xtask test`, which installs them, as root: they make taps and firewall rules, in name
 //! spaces of the test.
 //!
-//! What a client does besides (Docker, the Internet) is stood in for; every request is its own.
+//! What a client wants besides (Docker, the Internet, SSH) is stood in for; every request is its own.
 
 mod common;
 
@@ -44,6 +44,12 @@ fn drive(program: &str, dir: &Path, more: &[&str]) {
 fn firecracker_python_drives_it() {
     let dir = temp_dir();
     drive("firecracker_python_vm.py", dir.path(), &[]);
+}
+
+#[test]
+fn microheart_drives_it() {
+    let (dir, home) = (temp_dir(), temp_dir());
+    drive("microheart_vm.py", dir.path(), &[text(home.path())]);
 }
 
 #[test]
