@@ -4,6 +4,7 @@
 //! taken pair by pair within one run of alternating starts, so that a noisy machine cancels out.
 
 use crate::apt;
+use crate::bench_api;
 use crate::bench_devices;
 use crate::cargo;
 use crate::host::{self, TempDir};
@@ -12,7 +13,7 @@ use crate::testbed::Testbed;
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::io::{Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -54,6 +55,9 @@ pub struct Args {
     /// Leave out the first byte on this machine
     #[arg(long)]
     no_first_byte: bool,
+    /// Leave out the REST socket (its boots on the testbed: with --no-boot)
+    #[arg(long)]
+    no_api: bool,
 }
 
 /// `cargo xtask bench-inner`.
@@ -71,14 +75,14 @@ pub struct InnerArgs {
 }
 
 /// A program whose start is timed.
-struct Program {
+pub struct Program {
     name: String,
     command: Vec<String>,
 }
 
 /// One measured start.
-struct Sample {
-    ms: f64,
+pub struct Sample {
+    pub ms: f64,
     rss_kib: u64,
 }
 
@@ -94,11 +98,18 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let husk = host::step("building husk (release)", cargo::release_binary)?;
     let temp = TempDir::new(&std::env::temp_dir(), "husk-bench")?;
     let mut verdicts = Vec::new();
+    build_programs(temp.path())?;
     if !args.no_first_byte {
         first_byte(args.runs, &husk, temp.path(), &mut verdicts)?;
     }
+    if !args.no_api {
+        bench_api::run(args.runs, &husk, temp.path(), &mut verdicts)?;
+    }
     if !args.no_boot {
         boot_to_init(&husk, temp.path(), &mut verdicts)?;
+    }
+    if !args.no_boot && !args.no_api {
+        bench_api::run_boots(&husk, temp.path(), &mut verdicts)?;
     }
     if !args.no_devices {
         bench_devices::run(&husk, temp.path(), !args.copy_by_byte, &mut verdicts)?;
@@ -138,11 +149,10 @@ pub fn run_inner(args: &InnerArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Spawn to the guest's first byte on this machine's KVM, with a payload of a few instructions.
-fn first_byte(runs: u32, husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result<()> {
+/// The floor's programs, and the payload that stays.
+fn build_programs(temp: &Path) -> Result<()> {
     let benches = host::workspace_root()?.join("benches");
     let floor = benches.join("floor.c");
-    let dir = temp.display();
     for (name, define) in [("floor-overlap", "-DOVERLAP"), ("floor", "-UOVERLAP")] {
         let mut gcc = Command::new("gcc");
         gcc.args(["-O2", "-static", "-pthread", define, "-o"])
@@ -162,6 +172,12 @@ fn first_byte(runs: u32, husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) 
         gcc.arg(temp.join("payload.elf"))
             .arg(benches.join("payload.S")),
     )?;
+    Ok(())
+}
+
+/// Spawn to the guest's first byte on this machine's KVM, with a payload of a few instructions.
+fn first_byte(runs: u32, husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result<()> {
+    let dir = temp.display();
     let tap = Tap::new()?;
     let husk_command = format!(
         "{} run --boot-protocol pvh --kernel {dir}/payload.elf --memory 128M",
@@ -184,7 +200,9 @@ fn first_byte(runs: u32, husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) 
         Program::new(
             "qemu microvm",
             &microvm(
+                // Some hosts' KVM names IA32_ARCH_CAPABILITIES but takes no value for it, and QEMU gives up.
                 "microvm,acpi=off",
+                "host,-arch-capabilities",
                 &format!("-m 128 -kernel {dir}/payload.elf"),
             ),
         ),
@@ -241,21 +259,7 @@ impl Drop for Tap {
 /// Spawn to init with the minimal kernel on the testbed, in virtual time.
 fn boot_to_init(husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result<()> {
     let vmlinux = kernel::ensure()?;
-    let init = temp.join("init");
-    let source = temp.join("init.c");
-    fs::write(&source, INIT).with_context(|| format!("cannot write {}", source.display()))?;
-    let mut gcc = Command::new("gcc");
-    gcc.args(["-Os", "-static", "-o"]).arg(&init).arg(&source);
-    host::run_quiet(&mut gcc)?;
-    let mut archive = husk_loader::initramfs::Archive::new();
-    archive.character_device("dev/console", 0o600, 5, 1)?;
-    archive.file(
-        "init",
-        0o755,
-        &fs::read(&init).context("cannot read the init that gcc made")?,
-    )?;
-    let initrd = temp.join("init.cpio");
-    host::write_atomically(&initrd, &archive.finish()?)?;
+    let initrd = init_archive(temp)?;
     let (vmlinux, initrd) = (vmlinux.display(), initrd.display());
     let own = std::env::current_exe().context("this program's path is unknown")?;
     let husk = format!(
@@ -265,7 +269,7 @@ fn boot_to_init(husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result
     let more = format!(
         "-m 128 -kernel {vmlinux} -initrd {initrd} -append console=ttyS0\u{a0}quiet\u{a0}reboot=t"
     );
-    let qemu = format!("qemu microvm={}", microvm("microvm", &more));
+    let qemu = format!("qemu microvm={}", microvm("microvm", "host", &more));
     let mut command = vec![own.display().to_string()];
     command.extend(["bench-inner", "-m", MARK].map(str::to_owned));
     command.extend([husk, qemu]);
@@ -295,23 +299,43 @@ fn boot_to_init(husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result
     Ok(())
 }
 
+/// An initramfs of one program; its path.
+pub fn init_archive(temp: &Path) -> Result<PathBuf> {
+    let init = temp.join("init");
+    let source = temp.join("init.c");
+    fs::write(&source, INIT).with_context(|| format!("cannot write {}", source.display()))?;
+    let mut gcc = Command::new("gcc");
+    gcc.args(["-Os", "-static", "-o"]).arg(&init).arg(&source);
+    host::run_quiet(&mut gcc)?;
+    let mut archive = husk_loader::initramfs::Archive::new();
+    archive.character_device("dev/console", 0o600, 5, 1)?;
+    archive.file(
+        "init",
+        0o755,
+        &fs::read(&init).context("cannot read the init that gcc made")?,
+    )?;
+    let initrd = temp.join("init.cpio");
+    host::write_atomically(&initrd, &archive.finish()?)?;
+    Ok(initrd)
+}
+
 /// The guest's first process: says so and stays.
 const INIT: &str = "\
 #include <unistd.h>
 int main(void) { (void)!write(1, \"husk-init\\n\", 10); for (;;) pause(); }
 ";
-const MARK: &str = "husk-init";
+pub const MARK: &str = "husk-init";
 
-fn microvm(machine: &str, more: &str) -> String {
+fn microvm(machine: &str, cpu: &str, more: &str) -> String {
     format!(
-        "qemu-system-x86_64 -M {machine} -enable-kvm -cpu host -nodefaults -no-user-config \
+        "qemu-system-x86_64 -M {machine} -enable-kvm -cpu {cpu} -nodefaults -no-user-config \
          -display none -serial stdio -no-reboot {more}"
     )
 }
 
 impl Program {
     /// Words are separated by blanks; a no-break space is a blank inside a word.
-    fn new(name: &str, command: &str) -> Self {
+    pub fn new(name: &str, command: &str) -> Self {
         let command = command.split(' ').filter(|word| !word.is_empty());
         let command = command.map(|word| word.replace('\u{a0}', " ")).collect();
         Self {
@@ -346,7 +370,7 @@ fn measure(
 }
 
 /// Time for the host's kernel to finish with a program that was killed (grace periods, freeing memory).
-const SETTLE: Duration = Duration::from_millis(20);
+pub const SETTLE: Duration = Duration::from_millis(20);
 
 /// The order of `count` programs in a turn: a row of Williams's square. Who starts behind a program that leaves much to
 /// clean up pays for it, so in `count` turns each comes once behind each other (if `count` is even), and once first.
@@ -359,7 +383,7 @@ fn order(count: usize, turn: usize) -> Vec<usize> {
 }
 
 /// Starts a program, waits for the mark alone on a line, and kills it.
-fn start(program: &Program, mark: &str, patience: Duration) -> Result<Sample> {
+pub fn start(program: &Program, mark: &str, patience: Duration) -> Result<Sample> {
     for socket in program
         .command
         .iter()
@@ -380,7 +404,7 @@ fn start(program: &Program, mark: &str, patience: Duration) -> Result<Sample> {
     let mark_bytes = mark.as_bytes().to_vec();
     // The reader takes the time itself: handing a line to another thread would be in it otherwise.
     let waiter = std::thread::spawn(move || {
-        let _ = sender.send(wait_for_mark(reader, &mark_bytes));
+        let _ = sender.send(wait_for_mark(reader, &[&mark_bytes]));
     });
     let begin = Instant::now();
     let mut child = command
@@ -388,7 +412,7 @@ fn start(program: &Program, mark: &str, patience: Duration) -> Result<Sample> {
         .with_context(|| format!("cannot start {path}"))?;
     drop(command);
     let seen = receiver.recv_timeout(patience);
-    let rss_kib = peak_rss(child.id()).unwrap_or_default();
+    let rss_kib = memory(child.id(), "VmHWM:").unwrap_or_default();
     let _ = child.kill();
     let mut errors = String::new();
     if let Some(mut stderr) = child.stderr.take() {
@@ -417,15 +441,15 @@ fn start(program: &Program, mark: &str, patience: Duration) -> Result<Sample> {
     }
 }
 
-/// Reads until the mark is alone on a line; when that was (`None`: not before the end) and the text.
-fn wait_for_mark(mut reader: impl Read, mark: &[u8]) -> (Option<Instant>, String) {
+/// Reads until one of the marks is alone on a line; when that was (`None`: not before the end) and the text.
+pub fn wait_for_mark(mut reader: impl Read, marks: &[&[u8]]) -> (Option<Instant>, String) {
     let mut output = Vec::new();
     let mut buffer = [0; 4096];
     let mut at = None;
     while let Ok(count @ 1..) = reader.read(&mut buffer) {
         let now = Instant::now();
         output.extend_from_slice(buffer.get(..count).unwrap_or_default());
-        if has_mark(&output, mark) {
+        if marks.iter().any(|mark| has_mark(&output, mark)) {
             at = Some(now);
             break;
         }
@@ -445,12 +469,10 @@ fn has_mark(output: &[u8], mark: &[u8]) -> bool {
     lines.map(|line| line.trim_ascii()).any(|line| line == mark)
 }
 
-/// The peak of a living process's resident memory, in KiB.
-fn peak_rss(pid: u32) -> Option<u64> {
+/// A living process's memory in KiB: a field of /proc/PID/status, with its colon.
+pub fn memory(pid: u32, field: &str) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     line.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
@@ -520,7 +542,7 @@ pub struct Verdict {
 
 impl Verdict {
     /// At most `limit`.
-    fn new(what: &'static str, value: f64, limit: f64) -> Self {
+    pub fn new(what: &'static str, value: f64, limit: f64) -> Self {
         Self {
             what,
             value,

@@ -7,6 +7,7 @@
 
 mod apt;
 mod bench;
+mod bench_api;
 mod bench_devices;
 mod cargo;
 mod clients;
@@ -45,6 +46,9 @@ enum Command {
     /// Time boots to init; what `bench` runs on the testbed
     #[command(hide = true)]
     BenchInner(bench::InnerArgs),
+    /// Time boots under requests; what `bench` runs on the testbed
+    #[command(hide = true)]
+    BenchApiInner(bench_api::InnerArgs),
     /// Time devices; what `bench` runs on the testbed
     #[command(hide = true)]
     BenchDevicesInner(bench_devices::InnerArgs),
@@ -59,6 +63,7 @@ fn main() -> ExitCode {
         Command::Kernel => kernel::run(),
         Command::Bench(args) => bench::run(&args),
         Command::BenchInner(args) => bench::run_inner(&args),
+        Command::BenchApiInner(args) => bench_api::run_inner(&args),
         Command::BenchDevicesInner(args) => bench_devices::run_inner(&args),
     };
     match result {
