@@ -33,6 +33,9 @@ const LOOK_LAST: Duration = Duration::from_secs(8);
 /// How soon it is looked again when it seems to have.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
+/// How long the first request may take to come and be answered before a machine is made beside it.
+const FIRST_ANSWER: Duration = Duration::from_millis(1);
+
 /// What the main thread waits for. Other threads only ever send; none waits for the main thread.
 pub enum Event {
     /// A request of the API, and who waits for the answer.
@@ -139,8 +142,10 @@ impl Session {
     /// Until the VM has ended and everything is printed and closed. The exit status.
     pub fn go(options: Options, first: First) -> Result<u8, Failure> {
         logging::set_instance(&options.identity.id);
-        // What parses the command line is not needed any more.
-        husk_vmm::forget_code();
+        if let First::Boot(_) = first {
+            // What parses the command line is not needed any more. Who serves answers first: it is let go of when a VM runs.
+            husk_vmm::forget_code();
+        }
         // Handlers for what kills come first: those for what asks replace some of them.
         husk_console::install_fatal_signal_handlers().map_err(|e| trouble(&e))?;
         husk_sandbox::catch_violations(Terminal::emergency_restore).map_err(|e| trouble(&e))?;
@@ -249,7 +254,7 @@ impl Session {
             }
             First::Serve(config) => {
                 self.vmm.begin_with(*config);
-                self.vmm.stand_by();
+                self.vmm.stand_by(FIRST_ANSWER);
                 // A signal must find the way to the socket's removal.
                 ears.listen_to_signals()?;
                 // Before a request is looked at.

@@ -77,23 +77,13 @@ impl Server {
         listener.set_nonblocking(true)?;
         let (events, to_tell) = mpsc::unbounded_channel();
         let (stop, stopped) = watch::channel(false);
-        let (ready, is_ready) = channel();
+        // Here, so that nobody has to wait for the thread.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .build()?;
         let body = move || {
             (settings.prepare)();
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_io()
-                .enable_time()
-                .build();
-            let runtime = match runtime {
-                Ok(runtime) => {
-                    let _ = ready.send(Ok(()));
-                    runtime
-                }
-                Err(e) => {
-                    let _ = ready.send(Err(e));
-                    return;
-                }
-            };
             let state = Rc::new(State {
                 handler,
                 max_body: settings.max_body,
@@ -107,9 +97,6 @@ impl Server {
             .name("api".into())
             .stack_size(256 << 10)
             .spawn(body)?;
-        is_ready
-            .recv()
-            .unwrap_or_else(|_| Err(std::io::Error::other("the API's thread has ended")))?;
         Ok(Self {
             events,
             stop,

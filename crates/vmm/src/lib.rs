@@ -30,7 +30,7 @@ use husk_config::{Answer, Event, NewDevice, Part, VmConfig, VmmRequest};
 use husk_loader::Kernel;
 use husk_metrics::METRICS;
 use standby::Standby;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use vm::Vm;
 
 /// The monitor of one VM.
@@ -77,15 +77,16 @@ impl Vmm {
     }
 
     /// From now on, have what a VM needs of KVM ready before it is asked for. It takes milliseconds, mostly asleep; this
-    /// returns at once.
-    pub fn stand_by(&mut self) {
+    /// returns at once. Nothing is made before `pause` is over, unless it is asked for: who starts the process wants an
+    /// answer first, and KVM's work would compete with that for the processors.
+    pub fn stand_by(&mut self, pause: Duration) {
         if !matches!(self.state, State::Configuring) {
             return;
         }
         let machine = standby::Wanted::of(&self.config);
         match &self.prepared.standby {
             Some(standby) if *standby.wanted() == machine => {}
-            _ => self.prepared.standby = Some(Standby::start(machine, &self.host)),
+            _ => self.prepared.standby = Some(Standby::start(machine, &self.host, pause)),
         }
     }
 
@@ -213,7 +214,7 @@ impl Vmm {
         self.config = config;
         self.touched = true;
         if waits {
-            self.stand_by();
+            self.stand_by(Duration::ZERO);
         }
         Ok(())
     }
@@ -246,7 +247,7 @@ impl Vmm {
             }
             Err(e) => {
                 if waits {
-                    self.stand_by();
+                    self.stand_by(Duration::ZERO);
                 }
                 Err(e)
             }
