@@ -4,9 +4,13 @@
 
 #[path = "smoke/api.rs"]
 mod api;
+#[path = "smoke/bad_clients.rs"]
+mod bad_clients;
 mod common;
 #[path = "smoke/errors.rs"]
 mod errors;
+#[path = "smoke/firecracker.rs"]
+mod firecracker;
 #[path = "smoke/machine.rs"]
 mod machine;
 #[path = "smoke/metrics.rs"]

@@ -1,11 +1,8 @@
-//! The REST socket on any /dev/kvm: what it does before and after boot, and what bad clients get.
+//! The REST socket on any /dev/kvm: what it does before and after boot.
 
 use crate::common::{Ended, Vm, husk, temp_dir, text};
 use crate::{LIMIT, payload};
 use husk_api::client;
-use proptest::prelude::*;
-use proptest::strategy::ValueTree;
-use proptest::test_runner::TestRunner;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::io::{Read, Write};
@@ -14,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// The longest that a client waits for an answer.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// `husk serve`.
 pub struct Served {
@@ -41,7 +38,7 @@ impl Served {
     }
 
     /// With a payload kernel that counts on its console until it is ended.
-    fn booted(arguments: &[&str]) -> Self {
+    pub fn booted(arguments: &[&str]) -> Self {
         let mut served = Self::start(arguments);
         let kernel = payload("count", "");
         served.done(
@@ -59,14 +56,14 @@ impl Served {
         served
     }
 
-    fn ask(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+    pub fn ask(&self, method: &str, path: &str, body: &str) -> (u16, String) {
         let response = client::request(&self.socket, method, path, body)
             .unwrap_or_else(|e| panic!("{method} {path}: {e}\n{}", self.vm.report()));
         (response.status, response.body)
     }
 
     #[track_caller]
-    fn done(&self, method: &str, path: &str, body: Value) {
+    pub fn done(&self, method: &str, path: &str, body: Value) {
         let body = if body.is_null() {
             String::new()
         } else {
@@ -77,7 +74,7 @@ impl Served {
     }
 
     #[track_caller]
-    fn get(&self, path: &str) -> Value {
+    pub fn get(&self, path: &str) -> Value {
         let (status, body) = self.ask("GET", path, "");
         assert_eq!(status, 200, "{path}: {body}");
         serde_json::from_str(&body).unwrap()
@@ -85,7 +82,7 @@ impl Served {
 
     /// Why it is refused.
     #[track_caller]
-    fn refused(&self, method: &str, path: &str, body: Value) -> String {
+    pub fn refused(&self, method: &str, path: &str, body: Value) -> String {
         let body = if body.is_null() {
             String::new()
         } else {
@@ -98,14 +95,14 @@ impl Served {
         fault["fault_message"].as_str().unwrap().to_owned()
     }
 
-    fn stop(mut self) -> Ended {
+    pub fn stop(mut self) -> Ended {
         self.done("PUT", "/husk/actions", json!({ "action_type": "Stop" }));
         drop(self.vm.take_stdin());
         self.vm.wait()
     }
 }
 
-fn wait_for(socket: &Path, vm: &Vm) {
+pub fn wait_for(socket: &Path, vm: &Vm) {
     let until = Instant::now() + PATIENCE;
     while UnixStream::connect(socket).is_err() {
         assert!(Instant::now() < until, "no socket\n{}", vm.report());
@@ -114,7 +111,7 @@ fn wait_for(socket: &Path, vm: &Vm) {
 }
 
 /// All that comes back to these bytes.
-fn raw(socket: &Path, bytes: &[u8]) -> String {
+pub fn raw(socket: &Path, bytes: &[u8]) -> String {
     let mut stream = UnixStream::connect(socket).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     // A server that has seen enough may close before it has all.
@@ -514,262 +511,6 @@ fn the_metrics_and_the_description_can_be_fetched() {
     served.stop().expect_status(0);
 }
 
-// ---- Bad clients ----
-
-#[test]
-fn what_is_no_request_gets_an_error_and_the_vm_does_not_notice() {
-    let served = Served::booted(&[]);
-    let socket = served.socket.as_path();
-    for bytes in [
-        &b"\r\n\r\n\r\n"[..],
-        b"nonsense\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"PUT /actions HTTP/1.1\r\nContent-Length: -1\r\n\r\n{}",
-        b"PUT /actions HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n{}",
-        b"PUT /actions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"PUT /actions HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n{}",
-    ] {
-        let answer = raw(socket, bytes);
-        let shown = String::from_utf8_lossy(bytes);
-        assert!(
-            answer.is_empty() || answer.starts_with("HTTP/1.1 400"),
-            "{shown}: {answer}"
-        );
-    }
-    // A head without end.
-    let mut endless = b"GET / HTTP/1.1\r\n".to_vec();
-    endless.extend((0..100_000).flat_map(|n| format!("X-{n}: y\r\n").into_bytes()));
-    let answer = raw(socket, &endless);
-    assert!(
-        answer.is_empty() || answer.starts_with("HTTP/1.1 4"),
-        "{answer}"
-    );
-    // Other methods.
-    for method in ["POST", "HEAD", "OPTIONS", "TRACE", "CONNECT", "BREW"] {
-        let answer = raw(
-            socket,
-            format!("{method} / HTTP/1.1\r\nHost: h\r\n\r\n").as_bytes(),
-        );
-        assert!(answer.starts_with("HTTP/1.1 400"), "{method}: {answer}");
-    }
-    assert_eq!(served.get("/")["state"], "Running");
-    served.stop().expect_status(0);
-}
-
-#[test]
-fn bodies_have_a_limit_that_can_be_set() {
-    let served = Served::start(&["--max-payload", "1000"]);
-    let answer = |length: usize| {
-        let body = format!("{{\"a\":\"{}\"}}", "x".repeat(length - 8));
-        let text =
-            format!("PUT /mmds HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n\r\n{body}");
-        raw(&served.socket, text.as_bytes())
-    };
-    assert!(answer(1000).starts_with("HTTP/1.1 204"));
-    let said = answer(1001);
-    assert!(
-        said.starts_with("HTTP/1.1 400") && said.contains("1000 bytes"),
-        "{said}"
-    );
-    // Its length need not be said first.
-    let mut chunked =
-        b"PUT /mmds HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n".to_vec();
-    for _ in 0..100 {
-        chunked.extend(b"64\r\n");
-        chunked.extend([b' '; 0x64]);
-        chunked.extend(b"\r\n");
-    }
-    let said = raw(&served.socket, &chunked);
-    assert!(
-        said.starts_with("HTTP/1.1 400") && said.contains("1000 bytes"),
-        "{said}"
-    );
-    served.stop().expect_status(0);
-}
-
-#[test]
-fn who_waits_for_a_word_before_the_body_gets_it() {
-    let served = Served::start(&[]);
-    let mut stream = UnixStream::connect(&served.socket).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream
-        .write_all(
-            b"PUT /mmds HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n",
-        )
-        .unwrap();
-    let mut line = [0; 25];
-    stream.read_exact(&mut line).unwrap();
-    assert_eq!(&line, b"HTTP/1.1 100 Continue\r\n\r\n");
-    stream.write_all(b"{}").unwrap();
-    let mut status = [0; 12];
-    stream.read_exact(&mut status).unwrap();
-    assert_eq!(&status, b"HTTP/1.1 204");
-    served.stop().expect_status(0);
-}
-
-#[test]
-fn pipelined_requests_are_answered_in_order() {
-    let served = Served::start(&[]);
-    let mut bytes = Vec::new();
-    for path in ["/", "/version", "/nosuch", "/machine-config"] {
-        bytes.extend(format!("GET {path} HTTP/1.1\r\nHost: h\r\n\r\n").into_bytes());
-    }
-    let answer = raw(&served.socket, &bytes);
-    let at = |text: &str| {
-        answer
-            .find(text)
-            .unwrap_or_else(|| panic!("no {text}: {answer}"))
-    };
-    let order = [
-        at("app_name"),
-        at("firecracker_version"),
-        at("fault_message"),
-        at("vcpu_count"),
-    ];
-    assert!(order.is_sorted(), "{answer}");
-    assert_eq!(answer.matches("HTTP/1.1 ").count(), 4, "{answer}");
-    served.stop().expect_status(0);
-}
-
-fn rss_kib(vm: &Vm) -> u64 {
-    let path = format!("/proc/{}/status", vm.pid().as_raw_nonzero());
-    let status = std::fs::read_to_string(path).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    line.unwrap()
-        .trim()
-        .trim_end_matches(" kB")
-        .parse()
-        .unwrap()
-}
-
-#[test]
-fn a_thousand_silent_clients_and_some_that_never_read_cost_little() {
-    let served = Served::booted(&[]);
-    let before = rss_kib(&served.vm);
-    let mut held = Vec::new();
-    for n in 0..1000 {
-        let mut stream = UnixStream::connect(&served.socket).unwrap_or_else(|e| {
-            panic!("client {n}: {e}: raise the limit on open files (ulimit -n)")
-        });
-        // Some send half of something.
-        if n % 2 == 0 {
-            stream
-                .write_all(b"PUT /actions HTTP/1.1\r\nContent-Le")
-                .unwrap();
-        }
-        held.push(stream);
-    }
-    // These ask for more than the socket holds, and take nothing.
-    for _ in 0..10 {
-        let mut stream = UnixStream::connect(&served.socket).unwrap();
-        stream
-            .set_write_timeout(Some(Duration::from_millis(200)))
-            .unwrap();
-        let requests = b"GET /husk/openapi.json HTTP/1.1\r\nHost: h\r\n\r\n".repeat(2000);
-        let _ = stream.write_all(&requests);
-        held.push(stream);
-        let mut watcher = UnixStream::connect(&served.socket).unwrap();
-        watcher
-            .write_all(b"GET /husk/events HTTP/1.1\r\nHost: h\r\n\r\n")
-            .unwrap();
-        held.push(watcher);
-    }
-    let start = Instant::now();
-    for _ in 0..200 {
-        served.done("PATCH", "/vm", json!({ "state": "Paused" }));
-        served.done("PATCH", "/vm", json!({ "state": "Resumed" }));
-    }
-    assert_eq!(served.get("/")["state"], "Running");
-    assert!(start.elapsed() < PATIENCE, "others are kept waiting");
-    let grown = rss_kib(&served.vm).saturating_sub(before);
-    assert!(grown < 48 << 10, "{grown} KiB more");
-    drop(held);
-    served.stop().expect_status(0);
-}
-
-/// Any JSON, not very deep.
-fn any_json() -> impl Strategy<Value = Value> {
-    let leaf = prop_oneof![
-        Just(Value::Null),
-        any::<bool>().prop_map(Value::from),
-        any::<i64>().prop_map(Value::from),
-        any::<f64>().prop_map(Value::from),
-        "[a-zA-Z0-9/_ .-]{0,12}".prop_map(Value::from),
-    ];
-    leaf.prop_recursive(3, 16, 4, |inner| {
-        prop_oneof![
-            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-            prop::collection::btree_map("[a-z_]{1,12}", inner, 0..4)
-                .prop_map(|map| Value::Object(map.into_iter().collect())),
-        ]
-    })
-}
-
-/// Each path of the API, with the fields that its body may have, by its own description.
-fn operations(served: &Served) -> Vec<(String, String, Vec<String>)> {
-    let document = served.get("/husk/openapi.json");
-    let mut all = Vec::new();
-    for (path, methods) in document["paths"].as_object().unwrap() {
-        for (method, operation) in methods.as_object().unwrap() {
-            let mut schema = &operation["requestBody"]["content"]["application/json"]["schema"];
-            if let Some(reference) = schema["$ref"].as_str() {
-                schema = document.pointer(reference.trim_start_matches('#')).unwrap();
-            }
-            let fields = schema["properties"].as_object();
-            let fields = fields.map(|fields| fields.keys().cloned().collect());
-            // It never ends.
-            if path != "/husk/events" {
-                all.push((
-                    method.to_uppercase(),
-                    path.replace("{id}", "x"),
-                    fields.unwrap_or_default(),
-                ));
-            }
-        }
-    }
-    assert!(all.len() > 40, "{all:?}");
-    all
-}
-
-#[test]
-fn any_json_at_any_path_before_and_after_boot_does_no_harm() {
-    for served in [Served::start(&[]), Served::booted(&[])] {
-        let operations = operations(&served);
-        let state = served.get("/")["state"].clone();
-        let mut runner = TestRunner::deterministic();
-        let mut sample = || any_json().new_tree(&mut runner).unwrap().current();
-        for (method, path, fields) in operations.iter().cycle().take(10 * operations.len()) {
-            let before = served.get("/vm/config");
-            let body = match fields.as_slice() {
-                [] => sample(),
-                // Its own fields, with anything in them.
-                fields => fields
-                    .iter()
-                    .map(|field| (field.clone(), sample()))
-                    .collect(),
-            };
-            let body = if method == "GET" {
-                String::new()
-            } else {
-                body.to_string()
-            };
-            let (status, said) = served.ask(method, path, &body);
-            assert!(
-                [200, 204, 400, 413].contains(&status),
-                "{method} {path} {body}: {status} {said}"
-            );
-            if status >= 400 {
-                assert_eq!(served.get("/vm/config"), before, "{method} {path} {body}");
-                let fault: Value = serde_json::from_str(&said).unwrap();
-                assert!(fault["fault_message"].is_string(), "{said}");
-            }
-        }
-        assert_eq!(served.get("/")["state"], state);
-        served.stop().expect_status(0);
-    }
-}
-
 // ---- The socket's file and the process ----
 
 #[test]
@@ -851,192 +592,4 @@ fn requests_can_be_made_from_the_shell() {
     let (status, _, err) = husk_with(&["info"]);
     assert!(status == 1 && err.contains("cannot connect"), "{err}");
     served.vm.finish().expect_status(0);
-}
-
-// ---- As Firecracker ----
-
-/// The binary, called firecracker.
-struct Firecracker {
-    dir: tempfile::TempDir,
-}
-
-impl Firecracker {
-    fn new() -> Self {
-        let dir = temp_dir();
-        let binary = crate::common::husk_binary();
-        std::os::unix::fs::symlink(binary, dir.path().join("firecracker")).unwrap();
-        Self { dir }
-    }
-
-    fn command(&self, arguments: &[&str]) -> std::process::Command {
-        let mut command = std::process::Command::new("env");
-        command
-            .arg("--default-signal=HUP,INT,QUIT,TERM,XFSZ")
-            .arg(self.dir.path().join("firecracker"))
-            .args(arguments);
-        command
-    }
-
-    fn run(&self, arguments: &[&str]) -> Ended {
-        Vm::start(&mut self.command(arguments), LIMIT).finish()
-    }
-
-    fn file(&self, name: &str, content: &Value) -> String {
-        let path = self.dir.path().join(name);
-        std::fs::write(&path, content.to_string()).unwrap();
-        text(&path).to_owned()
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("api")
-    }
-}
-
-#[test]
-fn firecrackers_flags_are_understood_and_others_are_not() {
-    let firecracker = Firecracker::new();
-    let version = firecracker.run(&["--version"]);
-    let first = version.expect_status(0).console();
-    assert!(first.starts_with("Firecracker v1."), "{first}");
-    firecracker.run(&["--snapshot-version"]).expect_status(0);
-    firecracker
-        .run(&["--describe-snapshot", "/nosuch"])
-        .expect_status(1);
-    let help = firecracker.run(&["--help"]).console();
-    for flag in [
-        "api-sock",
-        "id",
-        "config-file",
-        "no-api",
-        "metadata",
-        "boot-timer",
-        "log-path",
-        "level",
-        "module",
-        "show-level",
-        "show-log-origin",
-        "metrics-path",
-        "start-time-us",
-        "start-time-cpu-us",
-        "parent-cpu-time-us",
-        "http-api-max-payload-size",
-        "mmds-size-limit",
-        "seccomp-filter",
-        "no-seccomp",
-        "enable-pci",
-        "version",
-        "snapshot-version",
-        "describe-snapshot",
-    ] {
-        assert!(help.contains(&format!("--{flag}")), "{flag}");
-    }
-    for wrong in [
-        &["--nosuch"][..],
-        &["--no-api"],
-        &["--id", "a b"],
-        &["--no-seccomp", "--seccomp-filter", "f"],
-        &["--http-api-max-payload-size", "x"],
-    ] {
-        let ended = firecracker.run(wrong);
-        ended.expect_status(153);
-        assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
-    }
-    firecracker.run(&["--level", "loud"]).expect_status(152);
-}
-
-#[test]
-fn a_firecracker_file_boots_and_what_is_wrong_with_one_has_its_status() {
-    let firecracker = Firecracker::new();
-    let kernel = payload("end", "POWER_OFF");
-    let file = firecracker.file(
-        "vm.json",
-        &json!({
-            "boot-source": { "kernel_image_path": kernel, "boot_args": "console=ttyS0" },
-            "drives": [],
-            "machine-config": { "vcpu_count": 1, "mem_size_mib": 64 },
-            "nobody-knows-this": { "a": 1 },
-            "vsock": null,
-        }),
-    );
-    let log = firecracker.dir.path().join("log");
-    let ended = firecracker.run(&[
-        "--no-api",
-        "--config-file",
-        &file,
-        "--log-path",
-        text(&log),
-        "--level",
-        "info",
-        "--show-level",
-    ]);
-    ended.expect_status(0);
-    let log = std::fs::read_to_string(log).unwrap();
-    assert!(
-        log.contains("[anonymous-instance:main:INFO] Running Firecracker v1."),
-        "{log}"
-    );
-    for wrong in [
-        json!({ "boot-source": { "kernel_image_path": kernel, "nosuch": 1 } }),
-        json!({ "boot-source": { "kernel_image_path": "/nosuch" } }),
-        json!({ "drives": [] }),
-        json!([]),
-    ] {
-        let file = firecracker.file("wrong.json", &wrong);
-        let ended = firecracker.run(&["--no-api", "--config-file", &file]);
-        ended.expect_status(152);
-    }
-}
-
-#[test]
-fn firecrackers_socket_is_left_behind_and_a_taken_one_is_an_error() {
-    let firecracker = Firecracker::new();
-    let socket = firecracker.socket();
-    let mut command = firecracker.command(&["--api-sock", text(&socket), "--id", "fc-1"]);
-    let vm = Vm::start(&mut command, LIMIT);
-    wait_for(&socket, &vm);
-    let info = client::request(&socket, "GET", "/", "").unwrap();
-    let info: Value = serde_json::from_str(&info.body).unwrap();
-    assert_eq!(info["app_name"], "Firecracker");
-    assert_eq!(info["id"], "fc-1");
-    assert_eq!(info["state"], "Not started");
-    firecracker
-        .run(&["--api-sock", text(&socket)])
-        .expect_status(1);
-    let kernel = json!({ "kernel_image_path": payload("end", "POWER_OFF") }).to_string();
-    let put = |path: &str, body: &str| client::request(&socket, "PUT", path, body).unwrap().status;
-    assert_eq!(put("/boot-source", &kernel), 204);
-    assert_eq!(put("/actions", r#"{"action_type":"InstanceStart"}"#), 204);
-    vm.finish().expect_status(0);
-    assert!(socket.exists());
-    firecracker
-        .run(&["--api-sock", text(&socket)])
-        .expect_status(1);
-}
-
-#[test]
-fn firecrackers_process_ends_by_signals_as_its_clients_expect() {
-    let firecracker = Firecracker::new();
-    for (signal, status) in [
-        (Signal::HUP, Some(156)),
-        (Signal::BUS, Some(149)),
-        (Signal::SEGV, Some(150)),
-        (Signal::XFSZ, Some(151)),
-        (Signal::TERM, None),
-        (Signal::INT, None),
-    ] {
-        let socket = firecracker.socket();
-        let _ = std::fs::remove_file(&socket);
-        let mut command = firecracker.command(&["--api-sock", text(&socket)]);
-        let vm = Vm::start(&mut command, LIMIT);
-        wait_for(&socket, &vm);
-        client::request(&socket, "GET", "/", "").unwrap();
-        vm.signal(Signal::PIPE);
-        client::request(&socket, "GET", "/", "").unwrap();
-        vm.signal(signal);
-        let ended = vm.wait();
-        match status {
-            Some(status) => drop(ended.expect_status(status)),
-            None => drop(ended.expect_killed(signal.as_raw())),
-        }
-    }
 }

@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::footprint::schedule_in_batches;
-use crate::vm::Watch;
+use crate::host::Watch;
 use husk_arch::acpi::MmioSlot;
 use husk_arch::layout;
 use husk_bus::Bus;

@@ -7,10 +7,12 @@
 mod devices;
 mod error;
 mod footprint;
+mod host;
 mod lifecycle;
 mod load;
 mod memory;
 mod pause;
+mod platform;
 mod processor;
 mod standby;
 mod timeline;
@@ -20,10 +22,10 @@ mod vm;
 
 pub use error::{Error, chain};
 pub use footprint::forget_code;
+pub use host::{Console, Host, Identity, OpenOutput, Watch};
 pub use lifecycle::{Outcome, Wake};
 pub use timeline::{Phase, Timeline};
 pub use vcpu::{ExitCounts, install_kick_handler};
-pub use vm::{Console, Host, Identity, Watch};
 
 use devices::Opened;
 use husk_config::{Answer, Event, NewDevice, Part, VmConfig, VmmRequest};

@@ -1,7 +1,7 @@
 //! How a VM comes to its end: what the guest and the vCPUs report, and what the main thread learns of it.
 
+use crate::host::Watch;
 use crate::timeline::{Phase, Timeline};
-use crate::vm::Watch;
 use husk_config::Event;
 use husk_devices::{GuestEvent, GuestEvents};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -4,7 +4,8 @@
 //! anyway, as the REST socket does, has that done on threads in the meantime, so that booting is loading a kernel and going.
 
 use crate::error::Error;
-use crate::vm::{Aids, Host, Ready};
+use crate::host::Host;
+use crate::vm::{Aids, Ready};
 use husk_config::{CpuConfig, MachineConfig, VmConfig};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;

@@ -3,132 +3,27 @@
 use crate::Prepared;
 use crate::devices::{self, Devices, Place};
 use crate::error::Error;
-use crate::lifecycle::{Lifecycle, Outcome, Wake};
+use crate::host::{Host, Watch};
+use crate::lifecycle::Outcome;
 use crate::load::load;
 use crate::memory::GuestMemory;
-use crate::pause::Pause;
+use crate::platform::{Platform, hotplug_slots, platform};
 use crate::processor::Processor;
 use crate::standby::Wanted;
 use crate::timeline::{Phase, Timeline};
-use crate::vcpu::{self, ExitCounts, HaltSearch, Shared, VcpuThread};
+use crate::vcpu::{self, ExitCounts, Shared, VcpuThread};
 use husk_arch::acpi::{self, AcpiConfig, MmioSlot};
 use husk_arch::boot::BootState;
 use husk_arch::{layout, mptable};
-use husk_bus::{Bus, BusDevice};
-use husk_config::{DeviceUpdate, Event, MachineConfig, NewDevice, VmConfig};
-use husk_devices::boot_timer::{self, BootTimer};
-use husk_devices::i8042::I8042;
-use husk_devices::keyboard::Keyboard;
-use husk_devices::pci_hotplug::PciHotplug;
-use husk_devices::power::{self, PowerPorts};
-use husk_devices::pvpanic::PvPanic;
-use husk_devices::serial::{Output, Serial, Wire};
+use husk_config::{DeviceUpdate, MachineConfig, NewDevice, VmConfig};
+use husk_devices::boot_timer;
 use husk_kvm::{Kvm, Vcpu};
-use husk_loader::{Cache, Kernel};
-use husk_mmds::Mmds;
+use husk_loader::Kernel;
 use husk_sandbox::{Filters, Kind};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::Duration;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
-
-/// Where the guest's console leads. It outlives a VM: a restarted guest goes on with the same one.
-#[derive(Clone)]
-pub struct Console {
-    /// Takes what the guest writes.
-    pub output: Arc<dyn Output>,
-    /// Holds what the guest has not read yet.
-    pub wire: Arc<Wire>,
-    /// Finds what takes the guest's output as a configuration wants it.
-    pub open: OpenOutput,
-}
-
-impl Console {
-    /// Output and input of the guest, whatever a configuration says of files.
-    pub fn new(output: Arc<dyn Output>, wire: Arc<Wire>) -> Self {
-        Self {
-            output,
-            wire,
-            open: Arc::new(|_, output| Ok(output)),
-        }
-    }
-}
-
-/// Finds where a console's output goes, given where it goes otherwise. An error comes with its path.
-pub type OpenOutput = Arc<
-    dyn Fn(
-            &husk_config::Serial,
-            Arc<dyn Output>,
-        ) -> Result<Arc<dyn Output>, (PathBuf, std::io::Error)>
-        + Send
-        + Sync,
->;
-
-/// What the monitor says of itself.
-#[derive(Clone, Debug)]
-pub struct Identity {
-    /// The VM's name.
-    pub id: String,
-    /// The program's name.
-    pub name: &'static str,
-    /// Its version.
-    pub version: &'static str,
-    /// The version of Firecracker's API that clients are told.
-    pub api_version: &'static str,
-}
-
-/// What a VM is built with besides its configuration.
-pub struct Host {
-    /// What the monitor says of itself.
-    pub identity: Identity,
-    /// The guest's console.
-    pub console: Console,
-    /// What the guest's metadata service answers from. It outlives VMs.
-    pub mmds: Arc<Mmds>,
-    /// Unpacked kernels.
-    pub cache: Cache,
-    /// What the VM's threads may ask of the host's kernel.
-    pub filters: Filters,
-    /// Count exits by reason.
-    pub count_exits: bool,
-    /// Phases of the boot are noted here.
-    pub timeline: Arc<Timeline>,
-    /// Called when the VM has ended or its kernel has panicked.
-    pub wake: Wake,
-    /// Hears what happens to the VM. Called on any thread; must not block.
-    pub watch: Watch,
-    /// Devices may come and go while a VM with PCI runs. A guest that boots pays for that.
-    pub hotplug: bool,
-}
-
-impl Host {
-    /// A monitor that nobody watches, whose guests have this console. The VM's threads are confined.
-    pub fn new(console: Console, cache: Cache, timeline: Arc<Timeline>, wake: Wake) -> Self {
-        Self {
-            identity: Identity {
-                id: "anonymous-instance".into(),
-                name: "Husk",
-                version: env!("CARGO_PKG_VERSION"),
-                api_version: "",
-            },
-            console,
-            mmds: Mmds::new(husk_mmds::DEFAULT_LIMIT),
-            cache,
-            filters: Filters::built_in(),
-            count_exits: false,
-            timeline,
-            wake,
-            watch: Arc::new(|_| ()),
-            hotplug: true,
-        }
-    }
-}
-
-/// Hears what happens to the VM.
-pub type Watch = Arc<dyn Fn(Event) + Send + Sync>;
 
 /// A VM. [`Vm::start`] lets its guest run, [`Vm::stop`] takes it down; fields are dropped in order, memory last.
 pub struct Vm {
@@ -144,15 +39,6 @@ pub struct Vm {
     filters: Filters,
     watch: Watch,
     memory: GuestMemory,
-}
-
-/// Devices of the platform that are asked for something while the VM runs.
-struct Platform {
-    power: Arc<PowerPorts>,
-    keyboard: Option<Arc<Keyboard>>,
-    hotplug: Option<Arc<PciHotplug>>,
-    /// Places of the PCI bus for devices that come and go, and for the others.
-    slots: usize,
 }
 
 /// Where Linux leaves the kind of reset for the firmware (BIOS data area), and its value for a warm one.
@@ -701,118 +587,6 @@ fn prepare_boot(
     memory.write(layout::MP_TABLE, &mptable::table(cpus, layout::MP_TABLE)?)?;
     host.timeline.reach(Phase::KernelLoaded);
     Ok(boot)
-}
-
-fn hotplug_slots(config: &VmConfig, host: &Host) -> usize {
-    match host.hotplug {
-        true => devices::hotplug_slots(config),
-        false => 0,
-    }
-}
-
-/// The devices of every VM, on their buses.
-fn platform(
-    vm: &husk_kvm::Vm,
-    config: &VmConfig,
-    host: &Host,
-    start: boot_timer::Times,
-) -> Result<(Arc<Shared>, Platform), Error> {
-    let event = |gsi| -> Result<EventFd, Error> {
-        let event = EventFd::new(EFD_CLOEXEC).map_err(|e| Error::Host("an eventfd", e))?;
-        vm.register_irqfd(&event, gsi)?;
-        Ok(event)
-    };
-    let lifecycle = Arc::new(Lifecycle::new(
-        Arc::clone(&host.wake),
-        Arc::clone(&host.timeline),
-        Arc::clone(&host.watch),
-    ));
-    let power = Arc::new(PowerPorts::new(
-        event(layout::EVENTS_IRQ)?,
-        lifecycle.clone(),
-    ));
-    let stdout = host.console.output.clone();
-    let output = match &config.serial {
-        Some(serial) => {
-            (host.console.open)(serial, stdout).map_err(|(path, e)| Error::Serial(path, e))?
-        }
-        None => stdout,
-    };
-    let output = FirstByte {
-        output,
-        seen: AtomicBool::new(false),
-        timeline: Arc::clone(&host.timeline),
-    };
-    let serial = Serial::new(
-        event(layout::COM1_IRQ)?,
-        Arc::new(output),
-        host.console.wire.clone(),
-    );
-    let ports = Bus::default();
-    ports.insert(layout::COM1_PORT.into(), layout::COM1_PORTS.into(), serial)?;
-    ports.insert(
-        layout::SLEEP_CONTROL_PORT.into(),
-        power::PORTS,
-        power.clone(),
-    )?;
-    let keyboard = match config.keyboard {
-        true => Some(event(layout::KEYBOARD_IRQ)?),
-        false => None,
-    };
-    let keyboard = keyboard.map(|irq| Arc::new(Keyboard::new(irq, lifecycle.clone())));
-    let i8042: Arc<dyn BusDevice> = match &keyboard {
-        Some(keyboard) => keyboard.clone(),
-        None => Arc::new(I8042::new(lifecycle.clone())),
-    };
-    ports.insert(layout::I8042_PORT.into(), layout::I8042_PORTS.into(), i8042)?;
-    let slots = hotplug_slots(config, host);
-    let hotplug = (slots > 0).then(|| Arc::new(PciHotplug::new(Arc::clone(&host.wake))));
-    if let Some(hotplug) = &hotplug {
-        let (first, count) = (layout::PCI_HOTPLUG_PORT, layout::PCI_HOTPLUG_PORTS);
-        ports.insert(first.into(), count.into(), hotplug.clone())?;
-    }
-    let mmio = Bus::default();
-    if config.boot_timer {
-        let timer = BootTimer::new(start, lifecycle.clone());
-        mmio.insert(layout::BOOT_TIMER, boot_timer::SIZE, Arc::new(timer))?;
-    }
-    ports.insert(
-        layout::PVPANIC_PORT.into(),
-        1,
-        Arc::new(PvPanic::new(lifecycle.clone())),
-    )?;
-    let shared = Shared {
-        ports,
-        mmio,
-        lifecycle,
-        timeline: Arc::clone(&host.timeline),
-        exits: host.count_exits.then(Mutex::default),
-        halts: HaltSearch::default(),
-        pause: Pause::default(),
-    };
-    let platform = Platform {
-        power,
-        keyboard,
-        hotplug,
-        slots,
-    };
-    Ok((Arc::new(shared), platform))
-}
-
-/// Notes when the guest first writes to its console.
-struct FirstByte {
-    output: Arc<dyn Output>,
-    seen: AtomicBool,
-    timeline: Arc<Timeline>,
-}
-
-impl Output for FirstByte {
-    fn write(&self, bytes: &[u8]) {
-        if !self.seen.load(Ordering::Relaxed) && !self.seen.swap(true, Ordering::Relaxed) {
-            self.timeline.reach(Phase::FirstConsoleByte);
-        }
-        self.output.write(bytes);
-    }
 }
 
 /// Where the boot vCPU starts.

@@ -1,0 +1,143 @@
+//! The devices that every VM has.
+
+use crate::devices;
+use crate::error::Error;
+use crate::host::Host;
+use crate::lifecycle::Lifecycle;
+use crate::pause::Pause;
+use crate::timeline::{Phase, Timeline};
+use crate::vcpu::{HaltSearch, Shared};
+use husk_arch::layout;
+use husk_bus::{Bus, BusDevice};
+use husk_config::VmConfig;
+use husk_devices::boot_timer::{self, BootTimer};
+use husk_devices::i8042::I8042;
+use husk_devices::keyboard::Keyboard;
+use husk_devices::pci_hotplug::PciHotplug;
+use husk_devices::power::{self, PowerPorts};
+use husk_devices::pvpanic::PvPanic;
+use husk_devices::serial::{Output, Serial};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+/// Devices of the platform that are asked for something while the VM runs.
+pub struct Platform {
+    pub power: Arc<PowerPorts>,
+    pub keyboard: Option<Arc<Keyboard>>,
+    pub hotplug: Option<Arc<PciHotplug>>,
+    /// Places of the PCI bus for devices that come and go, and for the others.
+    pub slots: usize,
+}
+
+pub fn hotplug_slots(config: &VmConfig, host: &Host) -> usize {
+    match host.hotplug {
+        true => devices::hotplug_slots(config),
+        false => 0,
+    }
+}
+
+/// The devices of every VM, on their buses.
+pub fn platform(
+    vm: &husk_kvm::Vm,
+    config: &VmConfig,
+    host: &Host,
+    start: boot_timer::Times,
+) -> Result<(Arc<Shared>, Platform), Error> {
+    let event = |gsi| -> Result<EventFd, Error> {
+        let event = EventFd::new(EFD_CLOEXEC).map_err(|e| Error::Host("an eventfd", e))?;
+        vm.register_irqfd(&event, gsi)?;
+        Ok(event)
+    };
+    let lifecycle = Arc::new(Lifecycle::new(
+        Arc::clone(&host.wake),
+        Arc::clone(&host.timeline),
+        Arc::clone(&host.watch),
+    ));
+    let power = Arc::new(PowerPorts::new(
+        event(layout::EVENTS_IRQ)?,
+        lifecycle.clone(),
+    ));
+    let stdout = host.console.output.clone();
+    let output = match &config.serial {
+        Some(serial) => {
+            (host.console.open)(serial, stdout).map_err(|(path, e)| Error::Serial(path, e))?
+        }
+        None => stdout,
+    };
+    let output = FirstByte {
+        output,
+        seen: AtomicBool::new(false),
+        timeline: Arc::clone(&host.timeline),
+    };
+    let serial = Serial::new(
+        event(layout::COM1_IRQ)?,
+        Arc::new(output),
+        host.console.wire.clone(),
+    );
+    let ports = Bus::default();
+    ports.insert(layout::COM1_PORT.into(), layout::COM1_PORTS.into(), serial)?;
+    ports.insert(
+        layout::SLEEP_CONTROL_PORT.into(),
+        power::PORTS,
+        power.clone(),
+    )?;
+    let keyboard = match config.keyboard {
+        true => Some(event(layout::KEYBOARD_IRQ)?),
+        false => None,
+    };
+    let keyboard = keyboard.map(|irq| Arc::new(Keyboard::new(irq, lifecycle.clone())));
+    let i8042: Arc<dyn BusDevice> = match &keyboard {
+        Some(keyboard) => keyboard.clone(),
+        None => Arc::new(I8042::new(lifecycle.clone())),
+    };
+    ports.insert(layout::I8042_PORT.into(), layout::I8042_PORTS.into(), i8042)?;
+    let slots = hotplug_slots(config, host);
+    let hotplug = (slots > 0).then(|| Arc::new(PciHotplug::new(Arc::clone(&host.wake))));
+    if let Some(hotplug) = &hotplug {
+        let (first, count) = (layout::PCI_HOTPLUG_PORT, layout::PCI_HOTPLUG_PORTS);
+        ports.insert(first.into(), count.into(), hotplug.clone())?;
+    }
+    let mmio = Bus::default();
+    if config.boot_timer {
+        let timer = BootTimer::new(start, lifecycle.clone());
+        mmio.insert(layout::BOOT_TIMER, boot_timer::SIZE, Arc::new(timer))?;
+    }
+    ports.insert(
+        layout::PVPANIC_PORT.into(),
+        1,
+        Arc::new(PvPanic::new(lifecycle.clone())),
+    )?;
+    let shared = Shared {
+        ports,
+        mmio,
+        lifecycle,
+        timeline: Arc::clone(&host.timeline),
+        exits: host.count_exits.then(Mutex::default),
+        halts: HaltSearch::default(),
+        pause: Pause::default(),
+    };
+    let platform = Platform {
+        power,
+        keyboard,
+        hotplug,
+        slots,
+    };
+    Ok((Arc::new(shared), platform))
+}
+
+/// Notes when the guest first writes to its console.
+struct FirstByte {
+    output: Arc<dyn Output>,
+    seen: AtomicBool,
+    timeline: Arc<Timeline>,
+}
+
+impl Output for FirstByte {
+    fn write(&self, bytes: &[u8]) {
+        if !self.seen.load(Ordering::Relaxed) && !self.seen.swap(true, Ordering::Relaxed) {
+            self.timeline.reach(Phase::FirstConsoleByte);
+        }
+        self.output.write(bytes);
+    }
+}
