@@ -181,7 +181,14 @@ pub fn run_inner(args: &InnerArgs) -> Result<ExitCode> {
     let mut all: BTreeMap<(&str, String), Vec<Transfer>> = BTreeMap::new();
     for _ in 0..3 {
         for (name, command) in [("husk", &husk[..]), ("qemu", &qemu[..])] {
-            for (what, transfer) in measure(command)? {
+            let transfers = measure(command)?;
+            // Each takes minutes: whoever waits sees that it goes on.
+            let ms: Vec<_> = transfers
+                .iter()
+                .map(|(_, t)| format!("{:.1}", t.ms))
+                .collect();
+            println!("{name}: {} ms", ms.join(", "));
+            for (what, transfer) in transfers {
                 all.entry((name, what)).or_default().push(transfer);
             }
         }

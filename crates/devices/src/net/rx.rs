@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS: u64 = 10;
 /// Chains that are used before the driver is shown them: it can take them while the next packets come.
-const BATCH: u16 = 16;
+const BATCH: u16 = 64;
 
 /// A receive queue.
 pub struct Rx {
