@@ -2,12 +2,22 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use husk_config::{BootProtocol, OnReboot};
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 /// A thin shell around a kernel: start a Linux VM in milliseconds.
 #[derive(Debug, Parser)]
 #[command(name = "husk", version, propagate_version = true, max_term_width = 100, after_help = EXIT_STATUS)]
 pub struct Cli {
+    #[command(flatten)]
+    pub log: LogArgs,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Args)]
+pub struct LogArgs {
     /// How much Husk says of itself, on stderr or in --log-file; the guest's console never carries it
     /// [default: warn]
     #[arg(
@@ -22,9 +32,39 @@ pub struct Cli {
     /// Append log messages to this file instead of stderr
     #[arg(long, global = true, value_name = "PATH", help_heading = "Logging")]
     pub log_file: Option<PathBuf>,
+}
 
-    #[command(subcommand)]
-    pub command: Command,
+/// A subcommand without the others: describing all of them to clap takes as long as all else before the first answer of
+/// `husk serve`.
+#[derive(Parser)]
+struct Alone<A: Args> {
+    #[command(flatten)]
+    log: LogArgs,
+    #[command(flatten)]
+    arguments: A,
+}
+
+impl Cli {
+    /// The process's command line.
+    pub fn of_process() -> Result<Self, clap::Error> {
+        let mut words = std::env::args_os().skip(1);
+        let quick = match words.next().as_deref().and_then(OsStr::to_str) {
+            Some("run") => alone(words, Command::Run),
+            Some("serve") => alone(words, Command::Serve),
+            _ => None,
+        };
+        // What is wrong, and help, is told by the whole.
+        quick.map_or_else(Self::try_parse, Ok)
+    }
+}
+
+fn alone<A: Args>(words: impl Iterator<Item = OsString>, kind: fn(A) -> Command) -> Option<Cli> {
+    let words = std::iter::once("husk".into()).chain(words);
+    let Alone { log, arguments } = Alone::try_parse_from(words).ok()?;
+    Some(Cli {
+        log,
+        command: kind(arguments),
+    })
 }
 
 #[derive(Debug, Subcommand)]

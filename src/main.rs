@@ -16,8 +16,8 @@ mod serve;
 mod session;
 mod socket;
 
+use clap::CommandFactory;
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser};
 use cli::{Cli, Command};
 use std::io::Write;
 use std::process::ExitCode;
@@ -63,11 +63,14 @@ fn main() -> ExitCode {
         return firecracker::main(start);
     }
     metrics::install_panic_hook();
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::of_process() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    if let Err(message) = logging::start(cli.log_level.map(Into::into), cli.log_file.as_deref()) {
+    if let Err(message) = logging::start(
+        cli.log.log_level.map(Into::into),
+        cli.log.log_file.as_deref(),
+    ) {
         return report(Failure::usage(message));
     }
     let result = match cli.command {

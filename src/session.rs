@@ -337,6 +337,7 @@ impl Session {
                     if let Some(end) = self.answer(request, reply) {
                         return Ok(Err(end));
                     }
+                    self.vmm.begin_standby();
                 }
                 Ok(Event::Signal(signal)) => {
                     return Ok(Err(End {

@@ -79,7 +79,7 @@ impl Vmm {
     }
 
     /// From now on, have what a VM needs of KVM ready before it is asked for. It takes milliseconds, mostly asleep; this
-    /// returns at once. Nothing is made before `pause` is over, unless it is asked for: who starts the process wants an
+    /// returns at once. Nothing is made before `pause` is over, [`Vmm::begin_standby`] is called or it is asked for: who starts the process wants an
     /// answer first, and KVM's work would compete with that for the processors.
     pub fn stand_by(&mut self, pause: Duration) {
         if !matches!(self.state, State::Configuring) {
@@ -89,6 +89,13 @@ impl Vmm {
         match &self.prepared.standby {
             Some(standby) if *standby.wanted() == machine => {}
             _ => self.prepared.standby = Some(Standby::start(machine, &self.host, pause)),
+        }
+    }
+
+    /// What [`Vmm::stand_by`] is to make is made now.
+    pub fn begin_standby(&mut self) {
+        if let Some(standby) = &mut self.prepared.standby {
+            standby.begin();
         }
     }
 

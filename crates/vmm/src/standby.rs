@@ -66,6 +66,11 @@ impl Standby {
         &self.wanted
     }
 
+    /// Wait no longer.
+    pub fn begin(&mut self) {
+        self.begin = None;
+    }
+
     /// The machine, as soon as it is ready. None: it has to be made by the caller.
     pub fn take(mut self) -> Option<Result<Ready, Error>> {
         self.begin = None;
