@@ -274,25 +274,46 @@ pub fn command_line(config: &VmConfig, slots: &[MmioSlot]) -> Result<String, Err
 pub struct Devices {
     attached: Vec<(String, Transport)>,
     bridge: Option<Arc<HostBridge>>,
-    threads: Option<Threads>,
+    threads: IoThreads,
 }
 
-/// What the devices run on, as soon as there is one.
-struct Threads {
+/// What the devices run on, as far as there are any.
+#[derive(Default)]
+pub struct IoThreads {
     /// For all devices but network interfaces.
     io: Option<Arc<DeviceThread>>,
     /// For network interfaces.
     net: Option<Arc<DeviceThread>>,
-    doorbells: DoorbellThread,
+    doorbells: Option<DoorbellThread>,
+    /// The doorbells' thread knows its VM.
+    has_vm: bool,
 }
 
-impl Threads {
-    fn start(place: &Place) -> Result<Self, Error> {
-        Ok(Self {
-            io: None,
-            net: None,
-            doorbells: DoorbellThread::start(Arc::clone(place.kvm), place.filters.clone())?,
-        })
+impl IoThreads {
+    /// Those that `devices` need.
+    pub fn start(devices: &[Named], filters: &Filters) -> Result<Self, Error> {
+        let mut threads = Self::default();
+        for (_, device) in devices {
+            threads.for_device(device.info().id, filters)?;
+        }
+        if !devices.is_empty() {
+            threads.doorbells = Some(DoorbellThread::start(filters.clone())?);
+        }
+        Ok(threads)
+    }
+
+    /// The doorbells' thread, which is told of its VM when it is first asked for.
+    fn doorbells(&mut self, place: &Place) -> Result<&DoorbellThread, Error> {
+        let doorbells = match &mut self.doorbells {
+            Some(doorbells) => doorbells,
+            none => none.insert(DoorbellThread::start(place.filters.clone())?),
+        };
+        if !self.has_vm {
+            // It listens until this is dropped.
+            let _ = doorbells.sender.send(Command::Vm(Arc::clone(place.kvm)));
+            self.has_vm = true;
+        }
+        Ok(doorbells)
     }
 
     /// The I/O thread for a device of this virtio device ID.
@@ -346,12 +367,16 @@ pub struct Place<'a> {
 impl Devices {
     /// Put `devices` on MMIO or, with `pci`, on PCI, and connect their interrupts. Doorbells follow when a driver starts a
     /// device: KVM takes milliseconds for each, and until it is done a kick merely costs an exit.
-    pub fn attach(devices: Vec<Named>, pci: bool, place: &Place) -> Result<Self, Error> {
+    pub fn attach(
+        (devices, threads): (Vec<Named>, IoThreads),
+        pci: bool,
+        place: &Place,
+    ) -> Result<Self, Error> {
         let bridge = pci.then(|| add_host_bridge(place.bus)).transpose()?;
         let mut all = Self {
             attached: Vec::with_capacity(devices.len()),
             bridge,
-            threads: None,
+            threads,
         };
         for (index, (id, device)) in devices.into_iter().enumerate() {
             all.put(id, device, place.slots.get(index), place)?;
@@ -366,12 +391,8 @@ impl Devices {
         slot: Option<&MmioSlot>,
         place: &Place,
     ) -> Result<&Transport, Error> {
-        let threads = match &mut self.threads {
-            Some(threads) => threads,
-            none => none.insert(Threads::start(place)?),
-        };
-        let io = threads.for_device(device.info().id, place.filters)?;
-        let doorbells = &threads.doorbells;
+        let io = self.threads.for_device(device.info().id, place.filters)?;
+        let doorbells = self.threads.doorbells(place)?;
         let transport = match (&self.bridge, slot) {
             (Some(bridge), _) => attach_pci(device, io, place, bridge, doorbells)?,
             (None, Some(slot)) => attach_mmio(device, io, place, slot, doorbells)?,
@@ -602,6 +623,8 @@ impl Relocate for Relocation {
 
 /// What the doorbells' thread is told: at which guest-physical address a device's registers begin, and its doorbells.
 enum Command {
+    /// The VM that all that follows is for: the thread is started while KVM still makes it.
+    Vm(Arc<husk_kvm::Vm>),
     Register(u64, Vec<Doorbell>),
     Unregister(u64, Vec<Doorbell>),
     Stop,
@@ -614,12 +637,16 @@ struct DoorbellThread {
 }
 
 impl DoorbellThread {
-    fn start(kvm: Arc<husk_kvm::Vm>, filters: Filters) -> Result<Self, Error> {
+    fn start(filters: Filters) -> Result<Self, Error> {
         let (sender, commands) = channel::<Command>();
         let body = move || {
             filters.confine(Kind::Doorbells);
+            let Ok(Command::Vm(kvm)) = commands.recv() else {
+                return;
+            };
             while let Ok(command) = commands.recv() {
                 let result = match command {
+                    Command::Vm(_) => Ok(()),
                     Command::Register(base, own) => own.iter().try_for_each(|bell| {
                         kvm.register_doorbell(base + bell.offset, bell.value, &bell.event)
                     }),

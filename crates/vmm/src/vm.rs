@@ -1,7 +1,7 @@
 //! Building a VM from its configuration, and taking it down again.
 
 use crate::Prepared;
-use crate::devices::{self, Devices, Place};
+use crate::devices::{self, Devices, IoThreads, Place};
 use crate::error::Error;
 use crate::host::{Host, Watch};
 use crate::lifecycle::Outcome;
@@ -77,7 +77,10 @@ impl Vm {
         let kernel = kernel.take();
         let load = |memory: &GuestMemory| {
             let boot = prepare_boot(config, kernel, memory, host, &slots)?;
-            Ok((boot, devices::open(config, opened, &host.mmds)?))
+            let devices = devices::open(config, opened, &host.mmds)?;
+            // Threads take a while to start: here KVM sleeps meanwhile.
+            let threads = IoThreads::start(&devices, &host.filters)?;
+            Ok((boot, (devices, threads)))
         };
         let (ready, (boot, opened)) = match made {
             Some(ready) => {
@@ -420,7 +423,7 @@ impl Ready {
 
 /// What makes a VM of a machine that is ready.
 struct Loaded<'a> {
-    devices: Vec<devices::Named>,
+    devices: (Vec<devices::Named>, IoThreads),
     slots: &'a [MmioSlot],
     boot: BootState,
     /// When the VM was asked for.
