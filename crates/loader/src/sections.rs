@@ -11,6 +11,10 @@ const SECTION_HEADER_SIZE: usize = 64;
 const MAX_SECTIONS: u16 = 512;
 const MAX_NAMES: u64 = 64 << 10;
 
+const PAGE: u64 = 4096;
+/// What fills the space behind x86 code.
+const INT3: u8 = 0xcc;
+
 const SHT_PROGBITS: u32 = 1;
 const SHF_WRITE: u64 = 1;
 const SHF_ALLOC: u64 = 2;
@@ -39,8 +43,37 @@ fn sections(image: &Image<'_>, segments: &[Segment]) -> Option<Vec<Written>> {
     let names = headers().nth(names)?;
     let names_size = u64_at(names, 32).filter(|size| *size <= MAX_NAMES)?;
     let names = read(image, u64_at(names, 24)?, names_size, "the section names").ok()?;
-    let written = headers().filter_map(|header| section(header, &names, segments));
+    let written = headers().filter_map(|header| {
+        let mut written = section(header, &names, segments)?;
+        if u64_at(header, 8)? & SHF_EXECINSTR != 0 {
+            written.size = without_filling(image, written.file_offset, written.size);
+        }
+        Some(written)
+    });
     Some(written.collect())
+}
+
+/// The size of code up to the filling that a linker puts behind it to reach the next huge page: with Linux up to 2 MiB of
+/// INT3, which nobody patches. A few pages are looked at, in a binary search for the first that is filling.
+fn without_filling(image: &Image<'_>, start: u64, size: u64) -> u64 {
+    let is_filling = |page: u64| {
+        let offset = start.saturating_add(page.saturating_mul(PAGE));
+        read(image, offset, PAGE, "code")
+            .is_ok_and(|bytes| !bytes.is_empty() && bytes.iter().all(|&byte| byte == INT3))
+    };
+    let pages = size / PAGE;
+    if pages == 0 || !is_filling(pages - 1) {
+        return size;
+    }
+    let (mut low, mut high) = (0, pages - 1);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        match is_filling(middle) {
+            true => high = middle,
+            false => low = middle + 1,
+        }
+    }
+    low * PAGE
 }
 
 fn section(header: &[u8], names: &[u8], segments: &[Segment]) -> Option<Written> {
@@ -62,4 +95,41 @@ fn section(header: &[u8], names: &[u8], segments: &[Segment]) -> Option<Written>
         address: segment.address + (offset - segment.file_offset),
         size,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::path::Path;
+
+    /// What is left of code with as many pages of filling behind it.
+    fn left(code: &[u8], filling: u64) -> u64 {
+        let mut file = tempfile::tempfile().expect("a temporary file");
+        let bytes = [code, &vec![INT3; (filling * PAGE) as usize]].concat();
+        file.write_all(&bytes).expect("a file that can be written");
+        let image = Image {
+            file: &file,
+            path: Path::new("kernel"),
+            length: bytes.len() as u64,
+            head: Vec::new(),
+        };
+        without_filling(&image, 0, bytes.len() as u64)
+    }
+
+    #[test]
+    fn filling_behind_code_is_no_code() {
+        for pages in [1, 2, 3, 7, 64, 1537] {
+            let code = vec![0x90; pages * PAGE as usize];
+            for filling in [0, 1, 2, 511] {
+                assert_eq!(left(&code, filling), code.len() as u64, "{pages} {filling}");
+            }
+        }
+        assert_eq!(left(&[], 8), 0);
+        // Its last page begins with code.
+        let code = [0x90; PAGE as usize + 3];
+        let end = [INT3; PAGE as usize - 3];
+        assert_eq!(left(&[&code[..], &end].concat(), 3), 2 * PAGE);
+        assert_eq!(left(&[0x90; 100], 0), 100);
+    }
 }
