@@ -75,19 +75,19 @@ impl Vm {
             None => None,
         };
         let kernel = kernel.take();
-        let load = |memory: &GuestMemory| {
-            let boot = prepare_boot(config, kernel, memory, host, &slots)?;
+        let load = |memory: &GuestMemory| prepare_boot(config, kernel, memory, host, &slots);
+        let mut open = || {
             let devices = devices::open(config, opened, &host.mmds)?;
             // Threads take a while to start: here KVM sleeps meanwhile.
             let threads = IoThreads::start(&devices, &host.filters)?;
-            Ok((boot, (devices, threads)))
+            Ok((devices, threads))
         };
-        let (ready, (boot, opened)) = match made {
+        let (ready, boot, opened) = match made {
             Some(ready) => {
-                let loaded = load(&ready.memory)?;
-                (ready, loaded)
+                let boot = load(&ready.memory)?;
+                (ready, boot, open()?)
             }
-            None => Ready::make(&wanted, &Aids::of(host), load)?,
+            None => Ready::make(&wanted, &Aids::of(host), load, open)?,
         };
         let loaded = Loaded {
             devices: opened,
@@ -314,17 +314,18 @@ pub struct Ready {
 }
 
 impl Ready {
-    /// Make one, and do something with its memory meanwhile, on another thread.
+    /// Make one, and do something with its memory meanwhile, on another thread, and then something else.
     ///
     /// Several of KVM's calls sleep in grace periods, of milliseconds in all. They sleep at the same time: this thread
     /// creates the VM and registers its memory, the thread of the boot vCPU creates the interrupt controllers and the
     /// vCPUs, and a third one meanwhile does what is to be done and asks for the host's CPUID (a millisecond where CPUID
-    /// itself traps).
-    pub fn make<T: Send>(
+    /// itself traps). What comes `after` that is done while the vCPUs are told of it.
+    pub fn make<T: Send, U: Send>(
         wanted: &Wanted,
         aids: &Aids,
         meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error> + Send,
-    ) -> Result<(Self, T), Error> {
+        after: impl FnOnce() -> Result<U, Error> + Send,
+    ) -> Result<(Self, T, U), Error> {
         // Before KVM's descriptors, so that it is dropped after them.
         let memory = GuestMemory::new(memory_size(&wanted.machine)?, wanted.machine.huge_pages)?;
         let kvm = Kvm::open()?;
@@ -337,14 +338,14 @@ impl Ready {
                 let template = Arc::new(Processor::new(kvm, wanted)?);
                 // When nobody listens, creating the machine has failed, and that is what the user hears of.
                 let _ = cpuid.send(Arc::clone(&template));
-                Ok((template, done))
+                Ok((template, done, after()?))
             });
             let machine = create_machine(kvm, wanted, memory, aids, template);
             // A panic has ended the process before this could be seen.
             let failed = Err(Error::State("the loading thread failed"));
             (machine, other.join().unwrap_or(failed))
         });
-        let ((kvm, first, others), (template, done)) = (machine?, done?);
+        let ((kvm, first, others), (template, done, more)) = (machine?, done?);
         if template.is_to_be_tried() {
             first.wait_until_set_up()?;
         }
@@ -355,7 +356,7 @@ impl Ready {
             kvm,
             memory,
         };
-        Ok((ready, done))
+        Ok((ready, done, more))
     }
 
     /// Add devices, and start the threads of all vCPUs but the boot vCPU's, which wakes them.
