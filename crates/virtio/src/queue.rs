@@ -299,58 +299,18 @@ impl ActiveQueue {
     /// Take the next available chain into `chain`; false when there is none. After an error the queue is of no more use:
     /// nobody knows what the driver meant.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
-        let mut popped = false;
-        let empty = std::mem::take(chain);
-        let mut empty = Some(empty);
-        self.pop_row(
-            || empty.take().unwrap_or_default(),
-            |taken| {
-                (*chain, popped) = (taken, true);
-                false
-            },
-        )?;
-        if let Some(empty) = empty {
-            // It keeps its room for the next time.
-            *chain = empty;
-            chain.readable.clear();
-            chain.writable.clear();
-        }
-        Ok(popped)
-    }
-
-    /// Take available chains, each into what `empty` gives, for as long as `take` wants more; false when there were too few.
-    /// Table and ring are looked up once for the row. Errors are as those of [`ActiveQueue::pop`].
-    pub fn pop_row(
-        &mut self,
-        mut empty: impl FnMut() -> Chain,
-        mut take: impl FnMut(Chain) -> bool,
-    ) -> Result<bool, QueueError> {
+        chain.readable.clear();
+        chain.writable.clear();
         if self.next_available == self.available && !self.look()? {
             return Ok(false);
         }
-        let (mem, size) = (&self.mem, self.state.size);
-        let table = table(mem, self.state.descriptors, size)?;
-        let ring = GuestAddress(self.state.available + RING);
-        let ring = mem.get_slice(ring, 2 * usize::from(size))?;
-        loop {
-            let slot = usize::from(self.next_available.0 & (size - 1));
-            let head = ring.get_ref(2 * slot).map_err(GuestMemoryError::from)?;
-            let mut chain = empty();
-            chain.readable.clear();
-            chain.writable.clear();
-            chain.head = u16::from_le(head.load());
-            walk(mem, table, size, &mut chain)?;
-            self.next_available += 1;
-            if !take(chain) {
-                return Ok(true);
-            }
-            if self.next_available == self.available {
-                self.available = available(mem, &self.state, self.next_available)?;
-                if self.next_available == self.available {
-                    return Ok(false);
-                }
-            }
-        }
+        let slot = self.next_available.0 & (self.state.size - 1);
+        let entry = self.state.available + RING + 2 * u64::from(slot);
+        let head: u16 = self.mem.load(GuestAddress(entry), Ordering::Relaxed)?;
+        chain.head = u16::from_le(head);
+        self.walk(chain)?;
+        self.next_available += 1;
+        Ok(true)
     }
 
     /// Put back the chain that was popped last: it will be popped again. For what has to wait.
@@ -366,30 +326,103 @@ impl ActiveQueue {
 
     /// Read the available index; whether there is more than was taken.
     fn look(&mut self) -> Result<bool, QueueError> {
-        self.available = available(&self.mem, &self.state, self.next_available)?;
-        Ok(self.available != self.next_available)
+        let index = GuestAddress(self.state.available + 2);
+        let index: u16 = self.mem.load(index, Ordering::Acquire)?;
+        self.available = Wrapping(u16::from_le(index));
+        let ahead = (self.available - self.next_available).0;
+        if ahead > self.state.size {
+            return Err(QueueError::AvailableIndex(ahead));
+        }
+        Ok(ahead > 0)
+    }
+
+    fn walk(&self, chain: &mut Chain) -> Result<(), QueueError> {
+        let mut size = self.state.size;
+        let mut table = self.table(self.state.descriptors, size)?;
+        let mut indirect = false;
+        let mut next = chain.head;
+        let mut left = usize::from(size);
+        loop {
+            if next >= size {
+                return Err(QueueError::NoDescriptor(next));
+            }
+            let descriptor = Descriptor::read(&table, next)?;
+            if descriptor.flags & VRING_DESC_F_INDIRECT != 0 {
+                let entries = u64::from(descriptor.length) / DESCRIPTOR_SIZE;
+                let whole = entries * DESCRIPTOR_SIZE == u64::from(descriptor.length);
+                let last = descriptor.flags & VRING_DESC_F_NEXT == 0;
+                if indirect || !whole || !last || entries == 0 || entries > u64::from(u16::MAX) {
+                    return Err(QueueError::Indirect(descriptor.length));
+                }
+                indirect = true;
+                (size, next) = (entries as u16, 0);
+                table = self.table(descriptor.address, size)?;
+                left = usize::from(size).min(MAX_BUFFERS);
+                continue;
+            }
+            left = left.checked_sub(1).ok_or(QueueError::TooLong(
+                chain.readable.len() + chain.writable.len(),
+            ))?;
+            self.push(chain, &descriptor)?;
+            if descriptor.flags & VRING_DESC_F_NEXT == 0 {
+                return Ok(());
+            }
+            next = descriptor.next;
+        }
+    }
+
+    fn push(&self, chain: &mut Chain, descriptor: &Descriptor) -> Result<(), QueueError> {
+        let Descriptor {
+            address, length, ..
+        } = *descriptor;
+        let writable = descriptor.flags & VRING_DESC_F_WRITE != 0;
+        if !writable && !chain.writable.is_empty() {
+            return Err(QueueError::Order);
+        }
+        if length == 0 {
+            return Ok(());
+        }
+        if chain.readable.len() + chain.writable.len() >= MAX_BUFFERS {
+            return Err(QueueError::TooLong(MAX_BUFFERS));
+        }
+        self.check_buffer(address, length)?;
+        let buffers = match writable {
+            true => &mut chain.writable,
+            false => &mut chain.readable,
+        };
+        buffers.push(Buffer {
+            address: GuestAddress(address),
+            length,
+        });
+        Ok(())
+    }
+
+    fn check_buffer(&self, address: u64, size: u32) -> Result<(), QueueError> {
+        match self.mem.get_slice(GuestAddress(address), size as usize) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(QueueError::Buffer { address, size }),
+        }
+    }
+
+    /// `size` descriptors at `address`, looked up once for all of them.
+    fn table(&self, address: u64, size: u16) -> Result<VolatileSlice<'_>, QueueError> {
+        let bytes = u32::from(size) * DESCRIPTOR_SIZE as u32;
+        let slice = self.mem.get_slice(GuestAddress(address), bytes as usize);
+        slice.map_err(|_| QueueError::Buffer {
+            address,
+            size: bytes,
+        })
     }
 
     /// Give a chain back after `written` bytes were written into it. The driver sees it at the next [`ActiveQueue::flush`].
     pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        self.add_used_row([(head, written)])
-    }
-
-    /// [`ActiveQueue::add_used`] for chains and the bytes that were written into them. The ring is looked up once.
-    pub fn add_used_row(
-        &mut self,
-        row: impl IntoIterator<Item = (u16, u32)>,
-    ) -> Result<(), QueueError> {
-        let size = self.state.size;
-        let ring = GuestAddress(self.state.used + RING);
-        let ring = self.mem.get_slice(ring, 8 * usize::from(size))?;
-        for (head, written) in row {
-            let slot = usize::from(self.next_used.0 & (size - 1));
-            let element = u64::from(head) | u64::from(written) << 32;
-            let place = ring.get_ref(8 * slot).map_err(GuestMemoryError::from)?;
-            place.store(element.to_le());
-            self.next_used += 1;
-        }
+        let slot = self.next_used.0 & (self.state.size - 1);
+        let entry = GuestAddress(self.state.used + RING + 8 * u64::from(slot));
+        let element = u64::from(head) | u64::from(written) << 32;
+        let place = self.mem.get_slice(entry, size_of::<u64>())?;
+        let place = place.get_ref(0).map_err(GuestMemoryError::from)?;
+        place.store(element.to_le());
+        self.next_used += 1;
         Ok(())
     }
 
@@ -450,103 +483,5 @@ impl ActiveQueue {
     fn set_used_flags(&self, flags: u16) -> Result<(), QueueError> {
         let address = GuestAddress(self.state.used);
         Ok(self.mem.store(flags.to_le(), address, Ordering::Relaxed)?)
-    }
-}
-
-/// The available index, not behind `next` and not further ahead of it than the queue is long.
-fn available(
-    mem: &GuestMemory,
-    state: &QueueState,
-    next: Wrapping<u16>,
-) -> Result<Wrapping<u16>, QueueError> {
-    let index = GuestAddress(state.available + 2);
-    let index: u16 = mem.load(index, Ordering::Acquire)?;
-    let available = Wrapping(u16::from_le(index));
-    let ahead = (available - next).0;
-    match ahead > state.size {
-        true => Err(QueueError::AvailableIndex(ahead)),
-        false => Ok(available),
-    }
-}
-
-/// `size` descriptors at `address`, looked up once for all of them.
-fn table(mem: &GuestMemory, address: u64, size: u16) -> Result<VolatileSlice<'_>, QueueError> {
-    let bytes = u32::from(size) * DESCRIPTOR_SIZE as u32;
-    let slice = mem.get_slice(GuestAddress(address), bytes as usize);
-    slice.map_err(|_| QueueError::Buffer {
-        address,
-        size: bytes,
-    })
-}
-
-/// List the buffers of the chain that begins at `chain.head` of a table of `size` descriptors.
-fn walk<'a>(
-    mem: &'a GuestMemory,
-    mut descriptors: VolatileSlice<'a>,
-    mut size: u16,
-    chain: &mut Chain,
-) -> Result<(), QueueError> {
-    let mut indirect = false;
-    let mut next = chain.head;
-    let mut left = usize::from(size);
-    loop {
-        if next >= size {
-            return Err(QueueError::NoDescriptor(next));
-        }
-        let descriptor = Descriptor::read(&descriptors, next)?;
-        if descriptor.flags & VRING_DESC_F_INDIRECT != 0 {
-            let entries = u64::from(descriptor.length) / DESCRIPTOR_SIZE;
-            let whole = entries * DESCRIPTOR_SIZE == u64::from(descriptor.length);
-            let last = descriptor.flags & VRING_DESC_F_NEXT == 0;
-            if indirect || !whole || !last || entries == 0 || entries > u64::from(u16::MAX) {
-                return Err(QueueError::Indirect(descriptor.length));
-            }
-            indirect = true;
-            (size, next) = (entries as u16, 0);
-            descriptors = table(mem, descriptor.address, size)?;
-            left = usize::from(size).min(MAX_BUFFERS);
-            continue;
-        }
-        left = left.checked_sub(1).ok_or(QueueError::TooLong(
-            chain.readable.len() + chain.writable.len(),
-        ))?;
-        push(mem, chain, &descriptor)?;
-        if descriptor.flags & VRING_DESC_F_NEXT == 0 {
-            return Ok(());
-        }
-        next = descriptor.next;
-    }
-}
-
-fn push(mem: &GuestMemory, chain: &mut Chain, descriptor: &Descriptor) -> Result<(), QueueError> {
-    let Descriptor {
-        address, length, ..
-    } = *descriptor;
-    let writable = descriptor.flags & VRING_DESC_F_WRITE != 0;
-    if !writable && !chain.writable.is_empty() {
-        return Err(QueueError::Order);
-    }
-    if length == 0 {
-        return Ok(());
-    }
-    if chain.readable.len() + chain.writable.len() >= MAX_BUFFERS {
-        return Err(QueueError::TooLong(MAX_BUFFERS));
-    }
-    check_buffer(mem, address, length)?;
-    let buffers = match writable {
-        true => &mut chain.writable,
-        false => &mut chain.readable,
-    };
-    buffers.push(Buffer {
-        address: GuestAddress(address),
-        length,
-    });
-    Ok(())
-}
-
-fn check_buffer(mem: &GuestMemory, address: u64, size: u32) -> Result<(), QueueError> {
-    match mem.get_slice(GuestAddress(address), size as usize) {
-        Ok(_) => Ok(()),
-        Err(_) => Err(QueueError::Buffer { address, size }),
     }
 }

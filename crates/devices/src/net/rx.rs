@@ -271,23 +271,20 @@ impl Receiver {
     /// when it has more.
     fn gather(&mut self, queue: &mut ActiveQueue, length: u64) -> Result<bool, Bad> {
         while self.ready.is_empty() || self.room < length {
-            let (spare, ready, all) = (&mut self.spare, &mut self.ready, &mut self.room);
-            let mut least = u64::MAX;
-            let enough = queue.pop_row(
-                || spare.pop().unwrap_or_default(),
-                |chain| {
-                    let room = chain.writable_length();
-                    least = least.min(room);
-                    *all += room;
-                    ready.push_back(chain);
-                    *all < length && room >= HEADER as u64
-                },
-            )?;
-            if least < HEADER as u64 {
-                return Err(Bad::Small);
-            }
-            if !enough && !self.ask_for_more(queue)? {
+            let mut chain = self.spare.pop().unwrap_or_default();
+            let popped = queue.pop(&mut chain);
+            if !matches!(popped, Ok(true)) {
+                self.spare.push(chain);
+                if popped? || self.ask_for_more(queue)? {
+                    continue;
+                }
                 return Ok(false);
+            }
+            let room = chain.writable_length();
+            self.room += room;
+            self.ready.push_back(chain);
+            if room < HEADER as u64 {
+                return Err(Bad::Small);
             }
         }
         Ok(true)
@@ -353,17 +350,17 @@ impl Receiver {
             first.write(mem, NUM_BUFFERS, &chains.to_le_bytes())?;
         }
         let mut left = length;
-        let (spare, all) = (&mut self.spare, &mut self.room);
-        let used = self.ready.drain(..usize::from(chains)).map(|chain| {
+        for _ in 0..chains {
+            let Some(chain) = self.ready.pop_front() else {
+                break;
+            };
             let room = chain.writable_length();
             let written = left.min(room);
-            *all -= room;
+            queue.add_used(chain.head, written as u32)?;
+            self.room -= room;
             left -= written;
-            let head = chain.head;
-            spare.push(chain);
-            (head, written as u32)
-        });
-        queue.add_used_row(used)?;
+            self.spare.push(chain);
+        }
         self.unshown += chains;
         Ok(())
     }
