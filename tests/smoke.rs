@@ -2,6 +2,8 @@
 //!
 //! They need /dev/kvm and `cc`, and fail without. No KVM is too slow for them: they run where Linux does not.
 
+#[path = "../crates/api/src/parse/any_json.rs"]
+mod any_json;
 #[path = "smoke/api.rs"]
 mod api;
 #[path = "smoke/bad_clients.rs"]

@@ -1,5 +1,6 @@
 //! What bad clients of the REST socket get, and that the VM does not notice.
 
+use crate::any_json::any_json;
 use crate::api::{PATIENCE, Served, raw};
 use crate::common::Vm;
 use proptest::prelude::*;
@@ -182,24 +183,6 @@ fn a_thousand_silent_clients_and_some_that_never_read_cost_little() {
     served.stop().expect_status(0);
 }
 
-/// Any JSON, not very deep.
-fn any_json() -> impl Strategy<Value = Value> {
-    let leaf = prop_oneof![
-        Just(Value::Null),
-        any::<bool>().prop_map(Value::from),
-        any::<i64>().prop_map(Value::from),
-        any::<f64>().prop_map(Value::from),
-        "[a-zA-Z0-9/_ .-]{0,12}".prop_map(Value::from),
-    ];
-    leaf.prop_recursive(3, 16, 4, |inner| {
-        prop_oneof![
-            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-            prop::collection::btree_map("[a-z_]{1,12}", inner, 0..4)
-                .prop_map(|map| Value::Object(map.into_iter().collect())),
-        ]
-    })
-}
-
 /// Each path of the API, with the fields that its body may have, by its own description.
 fn operations(served: &Served) -> Vec<(String, String, Vec<String>)> {
     let document = served.get("/husk/openapi.json");
@@ -232,7 +215,8 @@ fn any_json_at_any_path_before_and_after_boot_does_no_harm() {
         let operations = operations(&served);
         let state = served.get("/")["state"].clone();
         let mut runner = TestRunner::deterministic();
-        let mut sample = || any_json().new_tree(&mut runner).unwrap().current();
+        let json = any_json("[a-zA-Z0-9/_ .-]{0,12}", (3, 16, 4));
+        let mut sample = || json.new_tree(&mut runner).unwrap().current();
         for (method, path, fields) in operations.iter().cycle().take(10 * operations.len()) {
             let before = served.get("/vm/config");
             let body = match fields.as_slice() {

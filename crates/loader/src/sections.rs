@@ -58,8 +58,7 @@ fn sections(image: &Image<'_>, segments: &[Segment]) -> Option<Vec<Written>> {
 fn without_filling(image: &Image<'_>, start: u64, size: u64) -> u64 {
     let is_filling = |page: u64| {
         let offset = start.saturating_add(page.saturating_mul(PAGE));
-        read(image, offset, PAGE, "code")
-            .is_ok_and(|bytes| !bytes.is_empty() && bytes.iter().all(|&byte| byte == INT3))
+        read(image, offset, PAGE, "code").is_ok_and(|bytes| bytes.iter().all(|&byte| byte == INT3))
     };
     let pages = size / PAGE;
     if pages == 0 || !is_filling(pages - 1) {

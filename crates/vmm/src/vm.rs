@@ -55,8 +55,8 @@ impl Vm {
     ///
     /// Several of KVM's calls sleep in grace periods, of milliseconds in all. They sleep at the same time: this thread
     /// creates the VM and registers its memory, the thread of the boot vCPU creates the interrupt controllers and the
-    /// vCPUs, and a third one meanwhile asks for the host's CPUID (a millisecond where CPUID itself traps) and reads the
-    /// kernel.
+    /// vCPUs, and a third one meanwhile reads the kernel, asks for the host's CPUID (a millisecond where CPUID itself
+    /// traps) and opens devices.
     ///
     /// Where a machine was made ahead, what is left is to load the kernel.
     pub fn build(config: &VmConfig, host: &Host, prepared: &mut Prepared) -> Result<Self, Error> {
@@ -314,12 +314,12 @@ pub struct Ready {
 }
 
 impl Ready {
-    /// Make one, and do something with its memory meanwhile, on another thread, and then something else.
+    /// Make one. Beside that, on another thread, do something with its memory, and then what comes `after` it.
     ///
     /// Several of KVM's calls sleep in grace periods, of milliseconds in all. They sleep at the same time: this thread
     /// creates the VM and registers its memory, the thread of the boot vCPU creates the interrupt controllers and the
-    /// vCPUs, and a third one meanwhile does what is to be done and asks for the host's CPUID (a millisecond where CPUID
-    /// itself traps). What comes `after` that is done while the vCPUs are told of it.
+    /// vCPUs, and a third one meanwhile does what is to be done with the memory and asks for the host's CPUID (a
+    /// millisecond where CPUID itself traps). The vCPUs are told it while the third thread does what comes `after`.
     pub fn make<T: Send, U: Send>(
         wanted: &Wanted,
         aids: &Aids,

@@ -365,6 +365,7 @@ impl Program {
             files.extend(words.split_whitespace().map(PathBuf::from));
             files.push(program);
         }
+        // Its firmware is named nowhere on its command line.
         if name.contains("qemu") {
             for folder in ["/usr/share/qemu", "/usr/share/seabios"] {
                 let entries =

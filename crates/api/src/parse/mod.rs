@@ -462,4 +462,6 @@ pub(crate) enum VmState {
 }
 
 #[cfg(test)]
+mod any_json;
+#[cfg(test)]
 mod tests;

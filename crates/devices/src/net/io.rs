@@ -27,9 +27,8 @@ impl Vectors {
             iov_base: room.rest.as_mut_ptr().cast(),
             iov_len: room.rest.len(),
         });
-        // SAFETY: the list has as many entries as is said. Each is guest memory, which stays mapped while `room.mem` is
-        // borrowed and of which Rust has no reference, or `room.rest`, which is borrowed exclusively. The kernel writes
-        // nowhere else.
+        // SAFETY: as many entries as is said, which are all that is written to: guest memory, mapped while `room.mem` is
+        // borrowed and of which Rust has no reference, and `room.rest`, which is borrowed exclusively.
         let done =
             unsafe { libc::readv(fd.as_raw_fd(), self.list.as_ptr(), self.list.len() as i32) };
         self.finish(done)
