@@ -44,7 +44,7 @@ echo deflated $(total) kB
 mount -o remount,size=100% /tmp
 # Nearly all: what was never used is not the host's to get back.
 free=$(sed -n 's/^MemAvailable: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo)
-dd if=/dev/zero of=/tmp/large bs=1M count=$((free / 1024 - 16)) 2>/dev/null
+dd if=/dev/zero of=/tmp/large bs=1M count=$((free / 1024 - 12)) 2>/dev/null
 echo used; read -r go
 rm /tmp/large
 echo $b >$d/bind
