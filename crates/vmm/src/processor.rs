@@ -40,11 +40,6 @@ impl Processor {
         })
     }
 
-    /// The user chose MSRs, which the host may not have: to be tried before the guest runs.
-    pub fn is_to_be_tried(&self) -> bool {
-        !self.msrs.is_empty()
-    }
-
     /// Make `vcpu`, number `index`, such a processor. Runs on the vCPU's own thread.
     pub fn set_up(&self, vcpu: &Vcpu, index: u32) -> Result<(), Error> {
         vcpu.set_cpuid(&self.cpuid.for_cpu(index)?)?;
@@ -104,7 +99,6 @@ mod tests {
                                   {"addr": "0xc0000103", "bitmap": "0bxxxx1010"}]}"#,
         );
         let processor = Processor::new(&kvm, &config).unwrap();
-        assert!(processor.is_to_be_tried());
         let (_vm, vcpu) = vcpu(&kvm);
         processor.set_up(&vcpu, 0).unwrap();
         assert_eq!(vcpu.msr(TSC_AUX).unwrap(), Some(0xfa));

@@ -45,7 +45,7 @@ impl Standby {
         let body = move || {
             // Nothing is ever sent: it returns when the time is over or the sender is gone.
             let _ = begun.recv_timeout(pause);
-            Ready::make(&own, &aids, |_| Ok(()), || Ok(())).map(|(ready, (), ())| ready)
+            Ready::make(&own, &aids, |_| Ok(())).map(|(ready, ())| ready)
         };
         let thread = std::thread::Builder::new()
             .name("standby".into())

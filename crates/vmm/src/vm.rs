@@ -14,16 +14,16 @@ use crate::timeline::{Phase, Timeline};
 use crate::vcpu::{self, ExitCounts, Shared, VcpuThread};
 use husk_arch::acpi::{self, AcpiConfig, MmioSlot};
 use husk_arch::boot::BootState;
+use husk_arch::memory_map::Range;
 use husk_arch::{layout, mptable};
 use husk_config::{DeviceUpdate, MachineConfig, NewDevice, VmConfig};
 use husk_devices::boot_timer;
 use husk_kvm::{Kvm, Vcpu};
 use husk_loader::Kernel;
 use husk_sandbox::{Filters, Kind};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
 use std::sync::{Arc, PoisonError};
-use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A VM. [`Vm::start`] lets its guest run, [`Vm::stop`] takes it down; fields are dropped in order, memory last.
 pub struct Vm {
@@ -47,16 +47,16 @@ const RESET_FLAG_WARM: u16 = 0x1234;
 /// The kernel parameter that makes a panic, and only a panic, restart warm.
 const PANIC_WARM: &str = "reboot=panic_warm";
 
+/// How long threads that start a VM together wait for each other without sleep.
+const MOMENT: Duration = Duration::from_millis(1);
+
 /// How long a pause waits for the vCPUs. Each leaves the guest at once, unless it waits for room for its console output.
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 
 impl Vm {
     /// Build a VM, complete up to the boot vCPU's first instruction.
     ///
-    /// Several of KVM's calls sleep in grace periods, of milliseconds in all. They sleep at the same time: this thread
-    /// creates the VM and registers its memory, the thread of the boot vCPU creates the interrupt controllers and the
-    /// vCPUs, and a third one meanwhile reads the kernel, asks for the host's CPUID (a millisecond where CPUID itself
-    /// traps) and opens devices.
+    /// The thread of the boot vCPU makes KVM's VM (see [`Ready::make`]); this one meanwhile loads the kernel and opens devices.
     ///
     /// Where a machine was made ahead, what is left is to load the kernel.
     pub fn build(config: &VmConfig, host: &Host, prepared: &mut Prepared) -> Result<Self, Error> {
@@ -75,22 +75,22 @@ impl Vm {
             None => None,
         };
         let kernel = kernel.take();
-        let load = |memory: &GuestMemory| prepare_boot(config, kernel, memory, host, &slots);
-        let mut open = || {
+        let fill = |memory: &GuestMemory| {
+            let boot = prepare_boot(config, kernel, memory, host, &slots)?;
             let devices = devices::open(config, opened, &host.mmds)?;
-            // Threads take a while to start: here KVM sleeps meanwhile.
+            // Threads take a while to start: here KVM is busy meanwhile.
             let threads = IoThreads::start(&devices, &host.filters)?;
-            Ok((devices, threads))
+            Ok((boot, (devices, threads)))
         };
-        let (ready, boot, opened) = match made {
+        let (ready, (boot, devices)) = match made {
             Some(ready) => {
-                let boot = load(&ready.memory)?;
-                (ready, boot, open()?)
+                let filled = fill(&ready.memory)?;
+                (ready, filled)
             }
-            None => Ready::make(&wanted, &Aids::of(host), load, open)?,
+            None => Ready::make(&wanted, &Aids::of(host), fill)?,
         };
         let loaded = Loaded {
-            devices: opened,
+            devices,
             slots: &slots,
             boot,
             asked,
@@ -308,55 +308,35 @@ pub struct Ready {
     first: BootProcessor,
     /// All vCPUs but the boot vCPU, which is its thread's.
     others: Vec<Vcpu>,
-    template: Arc<Processor>,
     kvm: Arc<husk_kvm::Vm>,
     pub memory: GuestMemory,
 }
 
 impl Ready {
-    /// Make one. Beside that, on another thread, do something with its memory, and then what comes `after` it.
+    /// Make one, and do something with its memory `meanwhile`.
     ///
-    /// Several of KVM's calls sleep in grace periods, of milliseconds in all. They sleep at the same time: this thread
-    /// creates the VM and registers its memory, the thread of the boot vCPU creates the interrupt controllers and the
-    /// vCPUs, and a third one meanwhile does what is to be done with the memory and asks for the host's CPUID (a
-    /// millisecond where CPUID itself traps). The vCPUs are told it while the third thread does what comes `after`.
-    pub fn make<T: Send, U: Send>(
+    /// All of KVM's calls are made by the thread that is to be the boot vCPU's: on this one the kernel is loaded and devices
+    /// are opened beside them, with no thread that would be needed for nothing else.
+    pub fn make<T>(
         wanted: &Wanted,
         aids: &Aids,
-        meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error> + Send,
-        after: impl FnOnce() -> Result<U, Error> + Send,
-    ) -> Result<(Self, T, U), Error> {
+        meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error>,
+    ) -> Result<(Self, T), Error> {
         // Before KVM's descriptors, so that it is dropped after them.
         let memory = GuestMemory::new(memory_size(&wanted.machine)?, wanted.machine.huge_pages)?;
         let kvm = Kvm::open()?;
-        let (cpuid, template) = channel();
-        let (machine, done) = thread::scope(|scope| {
-            let (kvm, memory) = (&kvm, &memory);
-            let other = scope.spawn(move || {
-                let done = meanwhile(memory)?;
-                // Second, because KVM_CREATE_VM takes ten times as long while this runs beside it.
-                let template = Arc::new(Processor::new(kvm, wanted)?);
-                // When nobody listens, creating the machine has failed, and that is what the user hears of.
-                let _ = cpuid.send(Arc::clone(&template));
-                Ok((template, done, after()?))
-            });
-            let machine = create_machine(kvm, wanted, memory, aids, template);
-            // A panic has ended the process before this could be seen.
-            let failed = Err(Error::State("the loading thread failed"));
-            (machine, other.join().unwrap_or(failed))
-        });
-        let ((kvm, first, others), (template, done, more)) = (machine?, done?);
-        if template.is_to_be_tried() {
-            first.wait_until_set_up()?;
-        }
+        let vm = create_vm(&kvm, wanted)?;
+        aids.timeline.reach(Phase::VmCreated);
+        let (vcpu, others) = furnish(&vm, wanted, memory.slots(), &aids.timeline)?;
+        let first = BootProcessor::start(kvm, vcpu, wanted, aids)?;
+        let done = meanwhile(&memory)?;
         let ready = Self {
             first,
             others,
-            template,
-            kvm,
+            kvm: Arc::new(vm),
             memory,
         };
-        Ok((ready, done, more))
+        Ok((ready, done))
     }
 
     /// Add devices, and start the threads of all vCPUs but the boot vCPU's, which wakes them.
@@ -371,7 +351,6 @@ impl Ready {
         let Self {
             memory,
             kvm,
-            template,
             others,
             first,
         } = self;
@@ -385,6 +364,7 @@ impl Ready {
             watch: &host.watch,
         };
         let devices = Devices::attach(opened, config.pci, &place)?;
+        let template = first.template()?;
         let go = Go {
             shared: Arc::clone(&shared),
             boot,
@@ -431,93 +411,52 @@ struct Loaded<'a> {
     asked: boot_timer::Times,
 }
 
-/// KVM's VM with its memory and its vCPUs.
-fn create_machine(
-    kvm: &Kvm,
-    wanted: &Wanted,
-    memory: &GuestMemory,
-    aids: &Aids,
-    template: Receiver<Arc<Processor>>,
-) -> Result<(Arc<husk_kvm::Vm>, BootProcessor, Vec<Vcpu>), Error> {
-    let (cpus, most) = (wanted.machine.vcpu_count, kvm.max_vcpus());
-    if cpus as usize > most {
-        return Err(Error::TooManyVcpus { cpus, most });
-    }
-    let vm = Arc::new(kvm.create_vm()?);
-    aids.timeline.reach(Phase::VmCreated);
-    let (first, made) = BootProcessor::start(&vm, cpus, template, aids)?;
-    register_memory(&vm, wanted, memory, &aids.timeline)?;
-    let failed = Err(Error::State("the boot vCPU's thread failed"));
-    let others = made.recv().unwrap_or(failed)?;
-    Ok((vm, first, others))
-}
-
-/// The boot vCPU's thread, which has set the processors up and waits to be told to go. Dropped instead, it ends.
+/// The boot vCPU's thread, which sets the vCPU up and waits to be told to go. Dropped instead, it ends.
 struct BootProcessor {
     go: Option<Sender<Go>>,
     thread: Option<VcpuThread>,
-    /// Says how [`Processor::set_up`] went, if it is to be tried.
-    set_up: Receiver<Result<(), Error>>,
+    template: Receiver<Result<Arc<Processor>, Error>>,
 }
 
+/// What the boot vCPU's thread needs to enter the guest.
 struct Go {
     shared: Arc<Shared>,
     boot: BootState,
 }
 
-/// All vCPUs but the boot vCPU.
-type Others = Result<Vec<Vcpu>, Error>;
-
 impl BootProcessor {
-    /// The other vCPUs come through the receiver as soon as they are there.
-    fn start(
-        vm: &Arc<husk_kvm::Vm>,
-        cpus: u32,
-        template: Receiver<Arc<Processor>>,
-        aids: &Aids,
-    ) -> Result<(Self, Receiver<Others>), Error> {
-        let (made, others) = channel();
+    fn start(kvm: Kvm, mut vcpu: Vcpu, wanted: &Wanted, aids: &Aids) -> Result<Self, Error> {
+        let (say, template) = channel();
         let (go, told) = channel::<Go>();
-        let (tried, set_up) = channel();
-        let (vm, aids) = (Arc::clone(vm), aids.clone());
+        let (wanted, aids) = (wanted.clone(), aids.clone());
         let body = move || {
-            let (sent, first) = match create_processors(&vm, cpus) {
-                Ok((first, others)) => (Ok(others), Some(first)),
-                Err(e) => (Err(e), None),
-            };
-            drop(vm);
-            // A main thread that has failed meanwhile does not listen, and tells nobody to go.
-            let _ = made.send(sent);
-            let (Some(mut vcpu), Ok(template)) = (first, template.recv()) else {
-                return;
-            };
-            let ready = template.set_up(&vcpu, 0);
-            aids.filters.confine(Kind::Vcpu);
+            let made = Processor::new(&kvm, &wanted).and_then(|template| {
+                template.set_up(&vcpu, 0)?;
+                Ok(Arc::new(template))
+            });
             aids.timeline.reach(Phase::VcpusReady);
-            if template.is_to_be_tried() && ready.is_err() {
-                // It listens, or has failed itself.
-                let _ = tried.send(ready);
-                return;
-            }
-            drop(tried);
-            if let Ok(Go { shared, boot }) = told.recv() {
-                let ready = ready.and_then(|()| set_entry(&vcpu, &boot));
+            // A main thread that has failed meanwhile does not listen, and tells nobody to go.
+            let _ = say.send(made);
+            drop((kvm, say, wanted));
+            // The host's kernel compiles the filter: beside what the main thread still does, not when the guest waits.
+            aids.filters.confine(Kind::Vcpu);
+            if let Ok(Go { shared, boot }) = recv_soon(&told) {
+                let ready = set_entry(&vcpu, &boot);
                 vcpu::enter(0, &mut vcpu, &shared, ready);
             }
         };
         let thread = VcpuThread::start(0, body).map_err(no_thread)?;
-        let first = Self {
+        Ok(Self {
             go: Some(go),
             thread: Some(thread),
-            set_up,
-        };
-        Ok((first, others))
+            template,
+        })
     }
 
-    /// Wait until the boot vCPU is set up; how that went.
-    fn wait_until_set_up(&self) -> Result<(), Error> {
-        // Nothing comes when all is well.
-        self.set_up.recv().unwrap_or(Ok(()))
+    /// What the processors are, as soon as KVM has told and the boot vCPU is one. Once.
+    fn template(&self) -> Result<Arc<Processor>, Error> {
+        let failed = Err(Error::State("the boot vCPU's thread failed"));
+        recv_soon(&self.template).unwrap_or(failed)
     }
 
     fn go(mut self, go: Go) -> Option<VcpuThread> {
@@ -540,30 +479,56 @@ fn no_thread(error: std::io::Error) -> Error {
     Error::Host("a thread for each vCPU", error)
 }
 
-/// Interrupt controllers, the boot vCPU, and the other vCPUs.
-fn create_processors(vm: &husk_kvm::Vm, cpus: u32) -> Result<(Vcpu, Vec<Vcpu>), Error> {
-    vm.create_interrupt_controllers(layout::KVM_TSS)?;
-    let first = vm.create_vcpu(0)?;
-    let others = (1..cpus)
-        .map(|index| vm.create_vcpu(index))
-        .collect::<Result<Vec<_>, _>>()?;
-    Ok((first, others))
+/// Receive what is about to come. For a moment without sleep: a processor that has fallen idle takes as long to wake as the
+/// thread that is waited for takes for its work, where the processor is itself virtual.
+fn recv_soon<T>(receiver: &Receiver<T>) -> Result<T, RecvError> {
+    let asked = Instant::now();
+    loop {
+        match receiver.try_recv() {
+            Ok(value) => return Ok(value),
+            Err(TryRecvError::Disconnected) => return Err(RecvError),
+            Err(TryRecvError::Empty) if asked.elapsed() > MOMENT => return receiver.recv(),
+            // Where there is but one processor, the other thread has it.
+            Err(TryRecvError::Empty) => std::thread::yield_now(),
+        }
+    }
 }
 
-fn register_memory(
+/// KVM's VM, bare.
+///
+/// Nothing else runs in this process meanwhile: for the first VM of a host, KVM has something done on each of its
+/// processors, and waits ten times as long for one on which the host's CPUID is asked for.
+fn create_vm(kvm: &Kvm, wanted: &Wanted) -> Result<husk_kvm::Vm, Error> {
+    let (cpus, most) = (wanted.machine.vcpu_count, kvm.max_vcpus());
+    if cpus as usize > most {
+        return Err(Error::TooManyVcpus { cpus, most });
+    }
+    Ok(kvm.create_vm()?)
+}
+
+/// Add memory, interrupt controllers and vCPUs; the boot vCPU apart from the others.
+///
+/// The order counts. To register memory KVM waits for a grace period, which is over at once where nothing was ever changed,
+/// and takes milliseconds where the controllers' ports have just been registered (since Linux 6.18, where those do not wait).
+fn furnish(
     vm: &husk_kvm::Vm,
     wanted: &Wanted,
-    memory: &GuestMemory,
+    slots: &[(Range, u64)],
     timeline: &Timeline,
-) -> Result<(), Error> {
+) -> Result<(Vcpu, Vec<Vcpu>), Error> {
     let track = wanted.machine.track_dirty_pages;
-    for (slot, (range, host)) in (0u32..).zip(memory.slots()) {
-        // SAFETY: the addresses are GuestMemory's own mapping. `Vm` drops all of KVM's descriptors before it, and so
-        // does `Vm::build` when it fails, because it makes the memory first.
+    for (slot, (range, host)) in (0u32..).zip(slots) {
+        // SAFETY: the addresses are GuestMemory's own mapping. `Ready` and `Vm` drop all of KVM's descriptors before it,
+        // and so does `Ready::make` when it fails, because it makes the memory first.
         unsafe { vm.set_memory_slot(slot, range.start, range.size, *host, track)? };
     }
     timeline.reach(Phase::MemoryReady);
-    Ok(())
+    vm.create_interrupt_controllers(layout::KVM_TSS)?;
+    let first = vm.create_vcpu(0)?;
+    let others = (1..wanted.machine.vcpu_count)
+        .map(|index| vm.create_vcpu(index))
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok((first, others))
 }
 
 /// Kernel, initrd and tables into memory. The kernel is opened unless it is already.
