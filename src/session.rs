@@ -142,6 +142,7 @@ impl Session {
     /// Until the VM has ended and everything is printed and closed. The exit status.
     pub fn go(options: Options, first: First) -> Result<u8, Failure> {
         logging::set_instance(&options.identity.id);
+        husk_vmm::share_heap();
         if let First::Boot(_) = first {
             // What parses the command line is not needed any more. Who serves answers first: it is let go of when a VM runs.
             husk_vmm::forget_code();

@@ -38,3 +38,12 @@ pub fn schedule_in_batches() {
         log::debug!("a thread is scheduled as any other: {e}");
     }
 }
+
+/// Have all threads allocate from one heap. libc would make one of its own for each, with five system calls and pages that nobody
+/// else can use, and no thread of Husk's allocates so often that it would wait for another.
+pub fn share_heap() {
+    // SAFETY: it sets a number of libc's own, under libc's lock.
+    if unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } != 1 {
+        log::debug!("each thread has a heap of its own");
+    }
+}

@@ -21,7 +21,7 @@ mod view;
 mod vm;
 
 pub use error::{Error, chain};
-pub use footprint::forget_code;
+pub use footprint::{forget_code, share_heap};
 pub use host::{Console, Host, Identity, OpenOutput, Watch};
 pub use lifecycle::{Outcome, Wake};
 pub use timeline::{Phase, Timeline};

@@ -56,7 +56,7 @@ const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 impl Vm {
     /// Build a VM, complete up to the boot vCPU's first instruction.
     ///
-    /// The thread of the boot vCPU makes KVM's VM (see [`Ready::make`]); this one meanwhile loads the kernel and opens devices.
+    /// See [`Ready::make`] for what runs beside what.
     ///
     /// Where a machine was made ahead, what is left is to load the kernel.
     pub fn build(config: &VmConfig, host: &Host, prepared: &mut Prepared) -> Result<Self, Error> {
@@ -315,8 +315,8 @@ pub struct Ready {
 impl Ready {
     /// Make one, and do something with its memory `meanwhile`.
     ///
-    /// All of KVM's calls are made by the thread that is to be the boot vCPU's: on this one the kernel is loaded and devices
-    /// are opened beside them, with no thread that would be needed for nothing else.
+    /// This thread has KVM make the machine. What takes a while beside (CPUID, where it traps itself; the filter, which the
+    /// host's kernel compiles) is done on the thread that is to be the boot vCPU's, so none is needed for nothing else.
     pub fn make<T>(
         wanted: &Wanted,
         aids: &Aids,
@@ -324,11 +324,13 @@ impl Ready {
     ) -> Result<(Self, T), Error> {
         // Before KVM's descriptors, so that it is dropped after them.
         let memory = GuestMemory::new(memory_size(&wanted.machine)?, wanted.machine.huge_pages)?;
-        let kvm = Kvm::open()?;
+        let kvm = Arc::new(Kvm::open()?);
+        // It takes a while to start, and is there when it is needed.
+        let mut first = BootProcessor::start(Arc::clone(&kvm), wanted, aids)?;
         let vm = create_vm(&kvm, wanted)?;
         aids.timeline.reach(Phase::VmCreated);
         let (vcpu, others) = furnish(&vm, wanted, memory.slots(), &aids.timeline)?;
-        let first = BootProcessor::start(kvm, vcpu, wanted, aids)?;
+        first.furnish(vcpu);
         let done = meanwhile(&memory)?;
         let ready = Self {
             first,
@@ -413,6 +415,7 @@ struct Loaded<'a> {
 
 /// The boot vCPU's thread, which sets the vCPU up and waits to be told to go. Dropped instead, it ends.
 struct BootProcessor {
+    vcpu: Option<Sender<Vcpu>>,
     go: Option<Sender<Go>>,
     thread: Option<VcpuThread>,
     template: Receiver<Result<Arc<Processor>, Error>>,
@@ -425,11 +428,15 @@ struct Go {
 }
 
 impl BootProcessor {
-    fn start(kvm: Kvm, mut vcpu: Vcpu, wanted: &Wanted, aids: &Aids) -> Result<Self, Error> {
+    fn start(kvm: Arc<Kvm>, wanted: &Wanted, aids: &Aids) -> Result<Self, Error> {
+        let (give, given) = channel::<Vcpu>();
         let (say, template) = channel();
         let (go, told) = channel::<Go>();
         let (wanted, aids) = (wanted.clone(), aids.clone());
         let body = move || {
+            let Ok(mut vcpu) = given.recv() else {
+                return;
+            };
             let made = Processor::new(&kvm, &wanted).and_then(|template| {
                 template.set_up(&vcpu, 0)?;
                 Ok(Arc::new(template))
@@ -447,10 +454,19 @@ impl BootProcessor {
         };
         let thread = VcpuThread::start(0, body).map_err(no_thread)?;
         Ok(Self {
+            vcpu: Some(give),
             go: Some(go),
             thread: Some(thread),
             template,
         })
+    }
+
+    /// Give it the vCPU, bare.
+    fn furnish(&mut self, vcpu: Vcpu) {
+        if let Some(sender) = self.vcpu.take() {
+            // It listens: nothing else makes it end.
+            let _ = sender.send(vcpu);
+        }
     }
 
     /// What the processors are, as soon as KVM has told and the boot vCPU is one. Once.
@@ -468,6 +484,7 @@ impl BootProcessor {
 
 impl Drop for BootProcessor {
     fn drop(&mut self) {
+        self.vcpu = None;
         self.go = None;
         if let Some(thread) = self.thread.take() {
             thread.join();
