@@ -299,6 +299,14 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Logging")]
     pub timeline: bool,
 
+    /// At the end, write the timeline to this file, in JSON (docs/bench-boot.md)
+    #[arg(long, value_name = "PATH", help_heading = "Logging")]
+    pub timeline_file: Option<PathBuf>,
+
+    /// End the VM when its guest has set a boot mark (docs/machine.md)
+    #[arg(long, help_heading = "The machine")]
+    pub stop_at_mark: bool,
+
     /// At the end, print on stderr why and how often the guest left for the monitor
     #[arg(long, help_heading = "Logging")]
     pub exits: bool,

@@ -195,8 +195,10 @@ fn run(flags: Flags, start: Instant) -> Result<u8, Failure> {
         user_networks: false,
         mmds,
         cache: Cache::from_environment(),
-        count_exits: false,
+        print_exits: false,
         print_timeline: false,
+        timeline_file: None,
+        ends_at_mark: false,
         start,
         identity: Identity {
             id: flags.id,

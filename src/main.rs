@@ -15,6 +15,7 @@ mod serial;
 mod serve;
 mod session;
 mod socket;
+mod timeline;
 
 use clap::CommandFactory;
 use clap::error::ErrorKind;

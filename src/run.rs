@@ -17,6 +17,8 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
     let cache = Cache::from_environment();
     let filters = filters(&arguments.seccomp)?;
     let (mut config, _initrd) = configuration(arguments, &cache)?;
+    // Whoever asks for times may mark with Firecracker's register, too.
+    config.boot_timer |= arguments.timeline_file.is_some() || arguments.stop_at_mark;
     let mmds = metadata::store(arguments, &mut config)?;
     if let Some(logger) = &config.logger {
         logging::configure_below_flags(logger).map_err(Failure::usage)?;
@@ -28,13 +30,22 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
         Some(path) => Some(ApiSocket::bind(path, husk_api::MAX_BODY)?),
         None => None,
     };
+    let timeline_file = match &arguments.timeline_file {
+        Some(path) => Some(File::create(path).map_err(|e| {
+            let path = path.display();
+            Failure::usage(format!("cannot write the timeline to {path}: {e}"))
+        })?),
+        None => None,
+    };
     let options = Options {
         filters,
         user_networks: has_user_network(&config),
         mmds,
         cache,
-        count_exits: arguments.exits,
+        print_exits: arguments.exits,
         print_timeline: arguments.timeline,
+        timeline_file,
+        ends_at_mark: arguments.stop_at_mark,
         start,
         identity: identity(ANONYMOUS),
         api,

@@ -2,19 +2,20 @@
 
 use crate::ears::Ears;
 use crate::socket::{Api, ApiSocket, ending, refusal};
-use crate::{Failure, logging, metrics};
+use crate::{Failure, logging, metrics, timeline};
 use husk_config::{Answer, OnReboot, Part, VmConfig, VmmRequest};
 use husk_console::{ConsoleEvent, Input, Output, Terminal};
 use husk_loader::Cache;
 use husk_mmds::Mmds;
 use husk_sandbox::{Filters, Kind};
-use husk_vmm::{Console, ExitCounts, Host, Identity, Outcome, Timeline, Vmm};
+use husk_vmm::{Console, Counting, Host, Identity, Outcome, Timeline, Vmm};
 use signal_hook::consts::signal::{
     SIGBUS, SIGHUP, SIGILL, SIGINT, SIGQUIT, SIGSEGV, SIGTERM, SIGXCPU, SIGXFSZ,
 };
+use std::fs::File;
 use std::io::Write;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -60,10 +61,14 @@ pub struct Options {
     pub mmds: Arc<Mmds>,
     /// Unpacked kernels.
     pub cache: Cache,
-    /// Count exits by reason, and print them at the end.
-    pub count_exits: bool,
+    /// Print exits by reason at the end.
+    pub print_exits: bool,
     /// Print the timeline at the end.
     pub print_timeline: bool,
+    /// Write the timeline to this file at the end.
+    pub timeline_file: Option<File>,
+    /// The VM ends when its guest has set a boot mark.
+    pub ends_at_mark: bool,
     /// When the process began.
     pub start: Instant,
     /// What the monitor says of itself.
@@ -111,7 +116,6 @@ struct End {
     /// In words.
     reason: String,
     message: Option<String>,
-    exits: Option<ExitCounts>,
 }
 
 impl End {
@@ -154,10 +158,17 @@ impl Session {
         if options.on_signal == OnSignal::AsFirecracker {
             husk_console::install_exit_statuses(&FIRECRACKER_SIGNALS).map_err(|e| trouble(&e))?;
         }
-        let (print, timeline) = (
-            options.print_timeline,
-            Arc::new(Timeline::new(options.start)),
-        );
+        let counting = Counting {
+            exits: options.print_exits,
+            // The filters of the VM's threads do not allow it.
+            costs: options.print_exits
+                && options.timeline_file.is_some()
+                && !options.filters.are_any(),
+        };
+        let timeline = Arc::new(Timeline::counting(options.start, counting));
+        let (print_timeline, print_exits) = (options.print_timeline, options.print_exits);
+        let mut options = options;
+        let timeline_file = options.timeline_file.take();
         let (mut session, ears, api) = Self::new(options, &timeline)?;
         let result = session.run(first, ears);
         // Before anything is printed: no line must land in a raw terminal.
@@ -170,11 +181,14 @@ impl Session {
         if let Some(message) = end.message {
             log::error!("{message}");
         }
-        if print {
-            print_timeline(&timeline);
+        if print_timeline {
+            timeline::print(&timeline);
         }
-        if let Some(exits) = end.exits {
-            print_exits(&exits);
+        if let Some(exits) = timeline.exits().filter(|_| print_exits) {
+            timeline::print_exits(&exits.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+        if let Some(mut file) = timeline_file {
+            timeline::write(&timeline, &mut file)?;
         }
         Ok(end.status)
     }
@@ -209,7 +223,7 @@ impl Session {
             mmds: options.mmds,
             cache: options.cache,
             filters: filters.clone(),
-            count_exits: options.count_exits,
+            ends_at_mark: options.ends_at_mark,
             timeline: Arc::clone(timeline),
             wake: Arc::new(move || send(&wake, Event::Vm)),
             watch: watch.clone(),
@@ -411,7 +425,7 @@ impl Session {
                     ..End::because("it was ended at once")
                 });
             }
-            let Some((outcome, exits)) = down else {
+            let Some(outcome) = down else {
                 return Ok(End::default());
             };
             if outcome == Outcome::Reset && restart && !self.asked {
@@ -424,7 +438,6 @@ impl Session {
             return Ok(End {
                 status,
                 message: (status != 0).then(|| outcome.to_string()),
-                exits,
                 ..End::because(&outcome.to_string())
             });
         }
@@ -468,10 +481,7 @@ impl Session {
 
     /// Take the VM down and write all of its output, on another thread, because either may have to wait for a slow reader
     /// of the output, and signals must be heard meanwhile. With Some exit status, the user did not want to wait.
-    fn take_down(
-        &mut self,
-        stays_open: bool,
-    ) -> (Option<(Outcome, Option<ExitCounts>)>, Option<u8>) {
+    fn take_down(&mut self, stays_open: bool) -> (Option<Outcome>, Option<u8>) {
         let Self {
             vmm,
             sender,
@@ -483,7 +493,7 @@ impl Session {
         thread::scope(|scope| {
             let taking = scope.spawn(|| {
                 let down = vmm.take_down();
-                let restarts = stays_open && matches!(&down, Some((Outcome::Reset, _)));
+                let restarts = stays_open && matches!(&down, Some(Outcome::Reset));
                 if !restarts {
                     output.close();
                 }
@@ -601,23 +611,4 @@ fn exit_status_of(signal: i32) -> u8 {
 /// On stderr, in one piece. When nobody reads it, the VM's end is not to blame.
 pub fn say(text: &str) {
     let _ = std::io::stderr().write_all(text.as_bytes());
-}
-
-fn print_timeline(timeline: &Timeline) {
-    let mut text = String::from("husk: timeline, in ms since the start of the process\n");
-    for (phase, at) in timeline.reached() {
-        text += &format!("{:>10.3}  {phase}\n", at.as_secs_f64() * 1e3);
-    }
-    say(&text);
-}
-
-fn print_exits(exits: &ExitCounts) {
-    let total: u64 = exits.values().sum();
-    let mut text = format!("husk: {total} exits from the guest to the monitor\n");
-    let mut exits: Vec<_> = exits.iter().collect();
-    exits.sort_by_key(|&(_, count)| std::cmp::Reverse(*count));
-    for ((reason, address), count) in exits {
-        text += &format!("{count:>10}  {reason} {address:#x}\n");
-    }
-    say(&text);
 }

@@ -60,7 +60,7 @@ fn a_paused_guest_can_be_asked_for_all_else() {
     machine.request(VmmRequest::Pause);
     machine.request(VmmRequest::Stop);
     assert_eq!(machine.wait_for_end(), Outcome::Stopped);
-    let (outcome, _) = machine.vmm.take_down().unwrap();
+    let outcome = machine.vmm.take_down().unwrap();
     assert_eq!(outcome, Outcome::Stopped);
     for request in [VmmRequest::Pause, VmmRequest::Resume] {
         let said = machine.refused(request);
@@ -127,7 +127,7 @@ fn the_boot_timer_is_there_when_it_is_asked_for() {
         assert_eq!(machine.wait_for_end(), Outcome::PowerOff);
         assert_eq!(machine.console.text(), "up\n");
         let reached = machine.timeline.reached();
-        let marks = reached.iter().filter(|(phase, _)| *phase == Phase::Mark(1));
+        let marks = reached.iter().filter(|reached| reached.phase == Phase::Mark(1));
         assert_eq!(marks.count(), usize::from(there));
     }
 }

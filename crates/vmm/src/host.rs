@@ -67,8 +67,8 @@ pub struct Host {
     pub cache: Cache,
     /// What the VM's threads may ask of the host's kernel.
     pub filters: Filters,
-    /// Count exits by reason.
-    pub count_exits: bool,
+    /// The VM ends when its guest has set a boot mark.
+    pub ends_at_mark: bool,
     /// Phases of the boot are noted here.
     pub timeline: Arc<Timeline>,
     /// Called when the VM has ended or its kernel has panicked.
@@ -93,7 +93,7 @@ impl Host {
             mmds: Mmds::new(husk_mmds::DEFAULT_LIMIT),
             cache,
             filters: Filters::built_in(),
-            count_exits: false,
+            ends_at_mark: false,
             timeline,
             wake,
             watch: Arc::new(|_| ()),

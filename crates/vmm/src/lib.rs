@@ -24,7 +24,7 @@ pub use error::{Error, chain};
 pub use footprint::{forget_code, share_heap};
 pub use host::{Console, Host, Identity, OpenOutput, Watch};
 pub use lifecycle::{Outcome, Wake};
-pub use timeline::{Phase, Timeline};
+pub use timeline::{Cost, Counting, Phase, Reached, Timeline};
 pub use vcpu::{ExitCounts, install_kick_handler};
 
 use devices::Opened;
@@ -336,7 +336,7 @@ impl Vmm {
     }
 
     /// Take the VM down, back to its configuration. None when there is none.
-    pub fn take_down(&mut self) -> Option<(Outcome, Option<ExitCounts>)> {
+    pub fn take_down(&mut self) -> Option<Outcome> {
         match std::mem::replace(&mut self.state, State::Configuring) {
             State::Configuring => None,
             State::Built(vm) | State::Running(vm) | State::Paused(vm) => Some(vm.stop()),

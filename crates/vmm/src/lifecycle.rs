@@ -55,6 +55,9 @@ impl std::fmt::Display for Outcome {
 /// Tells the main thread that there is something to look at: the end, or a panic. Called on a vCPU thread; must not block.
 pub type Wake = Arc<dyn Fn() + Send + Sync>;
 
+/// The mark of an init that says that it has been started, before it does anything.
+const MARK_HANDED_OVER: u8 = 0;
+
 /// One VM's end, as all of its threads see it. The first report counts.
 pub struct Lifecycle {
     ended: AtomicBool,
@@ -63,6 +66,8 @@ pub struct Lifecycle {
     wake: Wake,
     timeline: Arc<Timeline>,
     watch: Watch,
+    /// The VM ends at its guest's mark.
+    ends_at_mark: bool,
 }
 
 impl Lifecycle {
@@ -75,7 +80,14 @@ impl Lifecycle {
             wake,
             timeline,
             watch,
+            ends_at_mark: false,
         }
+    }
+
+    /// The same, for a VM that ends as soon as its guest has set a boot mark, if `ends`.
+    pub fn ending_at_mark(mut self, ends: bool) -> Self {
+        self.ends_at_mark = ends;
+        self
     }
 
     /// The VM ends with `outcome`, unless it has ended before.
@@ -123,7 +135,12 @@ impl GuestEvents for Lifecycle {
             GuestEvent::CrashLoaded => {
                 log::warn!("the guest's kernel panicked and starts its crash kernel")
             }
-            GuestEvent::Mark(value) => self.timeline.reach(Phase::Mark(value)),
+            GuestEvent::Mark(value) => {
+                self.timeline.reach(Phase::Mark(value));
+                if self.ends_at_mark && value != MARK_HANDED_OVER {
+                    self.end(Outcome::Stopped);
+                }
+            }
         }
     }
 }

@@ -17,8 +17,8 @@ use husk_devices::pci_hotplug::PciHotplug;
 use husk_devices::power::{self, PowerPorts};
 use husk_devices::pvpanic::PvPanic;
 use husk_devices::serial::{Output, Serial};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 /// Devices of the platform that are asked for something while the VM runs.
@@ -49,11 +49,9 @@ pub fn platform(
         vm.register_irqfd(&event, gsi)?;
         Ok(event)
     };
-    let lifecycle = Arc::new(Lifecycle::new(
-        Arc::clone(&host.wake),
-        Arc::clone(&host.timeline),
-        Arc::clone(&host.watch),
-    ));
+    let (wake, timeline) = (Arc::clone(&host.wake), Arc::clone(&host.timeline));
+    let lifecycle = Lifecycle::new(wake, timeline, Arc::clone(&host.watch));
+    let lifecycle = Arc::new(lifecycle.ending_at_mark(host.ends_at_mark));
     let power = Arc::new(PowerPorts::new(
         event(layout::EVENTS_IRQ)?,
         lifecycle.clone(),
@@ -113,7 +111,6 @@ pub fn platform(
         mmio,
         lifecycle,
         timeline: Arc::clone(&host.timeline),
-        exits: host.count_exits.then(Mutex::default),
         halts: HaltSearch::default(),
         pause: Pause::default(),
     };

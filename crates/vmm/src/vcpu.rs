@@ -24,8 +24,6 @@ pub struct Shared {
     pub lifecycle: Arc<Lifecycle>,
     /// Phases of the boot.
     pub timeline: Arc<Timeline>,
-    /// Exits by reason, when they are counted.
-    pub exits: Option<Mutex<ExitCounts>>,
     /// The search for a guest that has halted for good.
     pub halts: HaltSearch,
     /// Keeps the vCPUs out of the guest.
@@ -144,7 +142,7 @@ fn run(index: u32, vcpu: &mut Vcpu, shared: &Shared) {
                     shared.timeline.reach(Phase::FirstExit);
                     first = false;
                 }
-                if let Some(counts) = &shared.exits {
+                if let Some(counts) = shared.timeline.exits() {
                     count(&exit, counts);
                 }
                 measure(exit, shared, &metrics)

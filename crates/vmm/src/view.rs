@@ -89,8 +89,9 @@ impl Vmm {
     /// Nanoseconds since the process began, in the order of time.
     fn timeline(&self) -> Value {
         let reached = self.host.timeline.reached();
-        let phases = reached.iter().map(|(phase, at)| {
-            json!({ "phase": phase.to_string(), "ns": u64::try_from(at.as_nanos()).unwrap_or(u64::MAX) })
+        let phases = reached.iter().map(|reached| {
+            let ns = u64::try_from(reached.at.as_nanos()).unwrap_or(u64::MAX);
+            json!({ "phase": reached.phase.to_string(), "ns": ns })
         });
         json!({ "phases": phases.collect::<Vec<_>>() })
     }

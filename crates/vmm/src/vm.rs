@@ -11,7 +11,7 @@ use crate::platform::{Platform, hotplug_slots, platform};
 use crate::processor::Processor;
 use crate::standby::Wanted;
 use crate::timeline::{Phase, Timeline};
-use crate::vcpu::{self, ExitCounts, Shared, VcpuThread};
+use crate::vcpu::{self, Shared, VcpuThread};
 use husk_arch::acpi::{self, AcpiConfig, MmioSlot};
 use husk_arch::boot::BootState;
 use husk_arch::memory_map::Range;
@@ -21,8 +21,8 @@ use husk_devices::boot_timer;
 use husk_kvm::{Kvm, Vcpu};
 use husk_loader::Kernel;
 use husk_sandbox::{Filters, Kind};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A VM. [`Vm::start`] lets its guest run, [`Vm::stop`] takes it down; fields are dropped in order, memory last.
@@ -229,24 +229,17 @@ impl Vm {
     }
 
     /// End the VM if it has not ended, wait until its vCPUs are out of the guest, and give everything back to the host.
-    pub fn stop(mut self) -> (Outcome, Option<ExitCounts>) {
+    pub fn stop(mut self) -> Outcome {
         self.end(Outcome::Stopped);
         drop(self.boot.take());
         for thread in self.threads.drain(..) {
             thread.stop();
         }
-        let outcome = match self.outcome() {
+        match self.outcome() {
             Some(Outcome::Reset) if self.was_panic() => Outcome::Panic,
             Some(outcome) => outcome,
             None => Outcome::Stopped,
-        };
-        let exits = self.shared.exits.as_ref().map(|counts| {
-            counts
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone()
-        });
-        (outcome, exits)
+        }
     }
 
     /// A reset after a panic: said by pvpanic, or, by a kernel without its driver, with a warm reset that only a panic
