@@ -17,11 +17,14 @@ extern crate self as husk_bench;
 #[path = "../tests/common/mod.rs"]
 mod sample;
 
+pub mod compare;
 mod error;
 mod file;
+pub mod initcalls;
 mod model;
 mod show;
 pub mod stats;
+pub mod text;
 
 pub use error::Error;
 pub use file::write_whole;
