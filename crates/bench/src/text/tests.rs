@@ -17,7 +17,7 @@ fn a_summary_has_all_there_is_and_nothing_that_a_terminal_obeys() {
         "io 1555",
         "acpi_init",
         "(returned -19)",
-        "run 8 failed: no mark within 10 s (reached: first console byte)",
+        "run 2 failed: no mark within 10 s (reached: first console byte)",
         "unknown-block(0,0)",
     ] {
         assert!(text.contains(part), "{part}");

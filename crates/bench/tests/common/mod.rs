@@ -90,7 +90,7 @@ pub fn report(seed: u64, steps: &[(Phase, f64)]) -> Report {
             format!("a line without a space: {}", "A".repeat(300)),
         ],
     });
-    subject.runs.insert(7, failed);
+    subject.runs.insert(1, failed);
     subject.counts = Some(Counts {
         by_phase: steps
             .iter()
