@@ -20,6 +20,7 @@ mod sample;
 pub mod compare;
 mod error;
 mod file;
+pub mod html;
 pub mod initcalls;
 mod model;
 mod show;
