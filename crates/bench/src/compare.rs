@@ -27,7 +27,7 @@ pub struct Comparison {
     pub before: String,
     /// The second's.
     pub after: String,
-    /// Of the second.
+    /// Of both.
     pub clock: Clock,
     /// What may be lost, as a share: 0.05 is 5 %.
     pub threshold: f64,
@@ -170,7 +170,23 @@ pub fn reports(before: &Report, after: &Report, threshold: f64) -> Result<Vec<Co
     Ok(comparisons)
 }
 
-/// Compares two subjects that were measured one after the other. Both have the same clock, which is taken to be the real one.
+/// Compares each subject of a report with the first, whose runs took turns with theirs (`--vs`).
+pub fn pairs(report: &Report, threshold: f64) -> Result<Vec<Comparison>, Error> {
+    let Some((first, others)) = report.subjects.split_first() else {
+        return Ok(Vec::new());
+    };
+    let pair = |other: &Subject| {
+        let comparison = compare_pairs(first, other, threshold)?;
+        Ok(Comparison {
+            clock: report.clock,
+            ..comparison
+        })
+    };
+    others.iter().map(pair).collect()
+}
+
+/// Compares two subjects that were measured one after the other, by the same clock. Subjects do not know which; the comparison
+/// says the real one. [`reports`] and [`pairs`] know.
 pub fn compare(before: &Subject, after: &Subject, threshold: f64) -> Result<Comparison, Error> {
     both(before, after, threshold, false)
 }

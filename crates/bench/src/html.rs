@@ -205,6 +205,11 @@ fn swatch(out: &mut String, phase: Phase) {
     );
 }
 
+/// A number stays with its unit.
+fn unbroken(text: &str) -> String {
+    text.replace(" %", "\u{a0}%")
+}
+
 fn verdict(out: &mut String, comparison: &Comparison) {
     let (class, sign) = match comparison.verdict() {
         Verdict::Slower => ("slower", "▲"),
@@ -222,14 +227,14 @@ fn verdict(out: &mut String, comparison: &Comparison) {
     );
     let contrast = &comparison.headline.contrast;
     let unit = comparison.clock.unit();
-    let _ = write!(
+    let _ = writeln!(
         out,
-        "</h2><p>Spawn to {}: {} → {} {unit}, {} <span class=\"dim\">(95 % interval {}; {} and {} runs{})</span></p>\n",
+        "</h2><p>Spawn to {}: {} → {} {unit}, {} <span class=\"dim\">(95 % interval {}; {} and {} runs{})</span></p>",
         comparison.headline.to.label(),
         ms(contrast.before),
         ms(contrast.after),
-        percent(contrast.ratio),
-        range(contrast.ratio_interval, percent),
+        unbroken(&percent(contrast.ratio)),
+        unbroken(&range(contrast.ratio_interval, percent)),
         comparison.runs.0,
         comparison.runs.1,
         if comparison.paired { ", in pairs" } else { "" }
@@ -316,9 +321,9 @@ fn distribution(out: &mut String, all: &[Series]) {
         .iter()
         .filter_map(|one| one.headline.map(|(_, summary)| summary))
         .collect();
-    let Some(first) = all.iter().find(|one| one.headline.is_some()) else {
+    if of_all.is_empty() {
         return;
-    };
+    }
     section(out, "Distribution");
     let low = of_all
         .iter()
@@ -346,16 +351,16 @@ fn distribution(out: &mut String, all: &[Series]) {
         figures::strip(out, scale, &one.times, summary, one.clock);
         out.push_str("</div>\n");
     }
-    scale.axis(out, first.clock);
+    scale.axis(out);
     out.push_str("</figure>\n");
 }
 
 fn durations(out: &mut String, all: &[Series]) {
     let sum = |one: &Series| one.rows.iter().map(|row| row.1).sum::<f64>();
     let longest = all.iter().map(sum).fold(0.0, f64::max);
-    let Some(first) = all.iter().find(|one| !one.rows.is_empty()) else {
+    if all.iter().all(|one| one.rows.is_empty()) {
         return;
-    };
+    }
     section(out, "Where the time goes");
     let scale = Scale::to(longest);
     out.push_str("<figure><figcaption>The median of each step; medians need not add up to the median of the whole.</figcaption>\n");
@@ -371,7 +376,7 @@ fn durations(out: &mut String, all: &[Series]) {
         let steps: Vec<(Phase, f64)> = one.rows.iter().map(|row| (row.0, row.1)).collect();
         figures::stack(out, scale, &steps, one.clock);
     }
-    scale.axis(out, first.clock);
+    scale.axis(out);
     let names: Vec<&str> = all.iter().map(|one| one.name.as_str()).collect();
     let mut columns = vec!["step up to"];
     columns.extend(&names);
@@ -426,15 +431,18 @@ fn initcalls(out: &mut String, all: &[Series]) {
     if all.iter().all(|one| one.subject.initcalls.is_empty()) {
         return;
     }
+    // One scale for all.
+    let of_all = all.iter().flat_map(|one| &one.subject.initcalls);
+    let slowest = of_all.map(|call| call.us).max().unwrap_or(1).max(1) as f64;
     section(out, "Slowest initcalls");
     out.push_str(
         "<p class=\"dim\">From one run with initcall_debug, which slows a kernel down.</p>",
     );
     for one in all {
         let calls = &one.subject.initcalls;
-        let Some(slowest) = calls.iter().map(|call| call.us).max() else {
+        if calls.is_empty() {
             continue;
-        };
+        }
         name(out, all, one);
         let shown = calls.len().min(INITCALLS.1);
         let (first, rest) = calls[..shown].split_at(shown.min(INITCALLS.0));
@@ -457,7 +465,7 @@ fn initcalls(out: &mut String, all: &[Series]) {
                         call.returned
                     );
                 }
-                let share = call.us as f64 / slowest.max(1) as f64 * 100.0;
+                let share = call.us as f64 / slowest * 100.0;
                 let _ = write!(
                     out,
                     "<i class=\"bar\" style=\"width:{share:.1}%\"></i></th>"
@@ -558,7 +566,7 @@ fn measured(out: &mut String, reports: &[(&str, &Report)]) {
             ("Clock", report.clock.label().into()),
             ("Processor", format!("{}, {} online", host.cpu, host.cpus)),
             ("Kernel", format!("Linux {}", host.kernel)),
-            ("Husk", host.husk.clone()),
+            ("Version of Husk", host.husk.clone()),
         ];
         out.push_str("<dl>");
         for (term, text) in &entries {
@@ -567,8 +575,10 @@ fn measured(out: &mut String, reports: &[(&str, &Report)]) {
             out.push_str("</dd>");
         }
         for subject in &report.subjects {
-            out.push_str("<dt>");
-            esc(out, &subject.name);
+            out.push_str("<dt>Command");
+            if report.subjects.len() > 1 {
+                esc(out, &format!(" of {}", subject.name));
+            }
             out.push_str("</dt><dd><code>");
             esc(out, &subject.command.join(" "));
             out.push_str("</code></dd>");

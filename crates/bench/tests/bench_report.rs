@@ -3,7 +3,7 @@
 mod common;
 
 use common::{STEPS, steps_with};
-use husk_bench::{Phase, compare, html};
+use husk_bench::{Clock, Phase, compare, html};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -214,18 +214,37 @@ fn it_is_drawn_to_scale_in_light_and_in_dark() {
     }
 }
 
+/// Two monitors whose runs took turns, of which one shows fewer phases, by the virtual clock.
+fn turns() -> String {
+    let mut report = common::report(1, &STEPS);
+    report.clock = Clock::Virtual;
+    let foreign = [STEPS[0], STEPS[5], STEPS[6], STEPS[7]];
+    let mut other = common::subject("another-monitor", 9, 31, &foreign);
+    other
+        .command
+        .push("--configuration=/a/long/path/without/a/place/to/break/it/configuration.json".into());
+    other.runs[3].phases.insert(Phase::Mark, 190_000_000);
+    report.subjects.push(other);
+    let comparisons = compare::pairs(&report, 0.01).unwrap();
+    html::render(&[("now", &report)], &comparisons)
+}
+
+/// What sticks out of the window, lists that scroll, and numbers of one drawing that lie over each other.
+const MISFITS: &str = "[innerWidth, document.documentElement.scrollWidth, matchMedia('(prefers-color-scheme: dark)').matches, \
+     [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length, \
+     [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).length, \
+     [...document.querySelectorAll('svg')].filter(e => { \
+        const boxes = [...e.querySelectorAll(':scope > text')].map(t => t.getBoundingClientRect()); \
+        return boxes.some((a, n) => boxes.some((b, m) => \
+            n < m && a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom)); \
+     }).length].join(' ')";
+
 #[test]
 fn nothing_is_wider_than_a_phone() {
     let (one, both) = pages();
-    for (page, width) in [(&one, 360), (&both, 360), (&both, 1200)] {
-        let answer = Browser::open(page).ask(
-            width,
-            true,
-            "[innerWidth, document.documentElement.scrollWidth, matchMedia('(prefers-color-scheme: dark)').matches, \
-             [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length, \
-             [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).length].join(' ')",
-        );
-        assert_eq!(answer, format!("{width} {width} true 0 0"));
+    for (page, width) in [(&one, 360), (&both, 360), (&turns(), 360), (&both, 1200)] {
+        let answer = Browser::open(page).ask(width, true, MISFITS);
+        assert_eq!(answer, format!("{width} {width} true 0 0 0"));
     }
 }
 

@@ -308,6 +308,15 @@ fn reports_are_matched_by_name_and_clock() {
     );
     assert_eq!(comparisons[0].clock, Clock::Virtual);
     let real = report(Clock::Real, new.subjects.clone());
+    let turns = pairs(&old, 0.05).unwrap();
+    assert_eq!(turns.len(), 1);
+    assert_eq!((&turns[0].before[..], &turns[0].after[..]), ("a", "b"));
+    assert!(turns[0].paired && turns[0].clock == Clock::Virtual);
+    assert!(
+        pairs(&report(Clock::Real, Vec::new()), 0.05)
+            .unwrap()
+            .is_empty()
+    );
     let error = reports(&old, &real, 0.05).unwrap_err().to_string();
     assert!(
         error.contains("by the virtual clock, those after by the real clock"),

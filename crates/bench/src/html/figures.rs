@@ -67,17 +67,16 @@ impl Scale {
         }
     }
 
-    /// The numbers below.
-    pub(super) fn axis(self, out: &mut String, clock: Clock) {
+    /// The numbers below, in milliseconds.
+    pub(super) fn axis(self, out: &mut String) {
         out.push_str("<svg height=\"18\" aria-hidden=\"true\">");
         let (ticks, decimals) = self.ticks();
-        for (number, tick) in ticks.iter().enumerate() {
-            let unit = if number == 0 { clock.unit() } else { "" };
+        for tick in ticks {
             label(
                 out,
-                self.at(*tick),
+                self.at(tick),
                 13,
-                &format!("{:.decimals$} {unit}", tick / 1e6),
+                &format!("{:.decimals$}", tick / 1e6),
             );
         }
         out.push_str("</svg>");
@@ -100,7 +99,7 @@ fn label(out: &mut String, x: f64, y: u32, text: &str) {
     let _ = write!(
         out,
         "<text x=\"{x:.2}%\" y=\"{y}\" text-anchor=\"{anchor}\">{}</text>",
-        text.trim()
+        text
     );
 }
 
@@ -111,7 +110,7 @@ fn open(out: &mut String, height: u32, alt: &str) {
     out.push_str("\">");
 }
 
-/// Each run a dot, the first at the top; the median and its interval. `beyond` is where the scale ends for outliers.
+/// Each run a dot, the first at the top; the median and its interval.
 pub(super) fn strip(out: &mut String, scale: Scale, times: &[u64], all: &Summary, clock: Clock) {
     const HEIGHT: u32 = 72;
     let unit = clock.unit();

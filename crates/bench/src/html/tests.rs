@@ -44,7 +44,7 @@ fn everything_is_there_once_for_each_subject() {
         "width=device-width",
         "<title>slower: Boot time of husk</title>",
         "slower by 1",
-        "more than the 5 % allowed",
+        "more than the 5\u{a0}% allowed",
         "Distribution",
         "Where the time goes",
         "Slowest initcalls",
