@@ -24,6 +24,7 @@ const TESTBEDS: usize = 2;
 
 /// What tests call: beside what each step installs for itself.
 const TOOLS: &[(&str, &str)] = &[
+    ("chromium", "chromium"),
     ("curl", "curl"),
     ("gcc", "gcc"),
     ("/usr/include/stdio.h", "libc6-dev"),
