@@ -274,7 +274,9 @@ fn the_boot_timer_is_firecrackers() {
     machine.expect("ready\n");
     let marks = |machine: &Machine| {
         let reached = machine.timeline.reached();
-        let marks = reached.iter().filter(|(phase, _)| *phase == Phase::Mark(1));
+        let marks = reached
+            .iter()
+            .filter(|reached| reached.phase == Phase::Mark(1));
         marks.count()
     };
     let before = marks(&machine);

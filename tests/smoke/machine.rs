@@ -127,7 +127,9 @@ fn the_boot_timer_is_there_when_it_is_asked_for() {
         assert_eq!(machine.wait_for_end(), Outcome::PowerOff);
         assert_eq!(machine.console.text(), "up\n");
         let reached = machine.timeline.reached();
-        let marks = reached.iter().filter(|reached| reached.phase == Phase::Mark(1));
+        let marks = reached
+            .iter()
+            .filter(|reached| reached.phase == Phase::Mark(1));
         assert_eq!(marks.count(), usize::from(there));
     }
 }
