@@ -186,6 +186,11 @@ impl Chain {
     }
 }
 
+/// How many buffers came to `chain` since it had so many.
+fn own_buffers(chain: &Chain, (readable, writable): (usize, usize)) -> usize {
+    (chain.readable.len() + chain.writable.len()).saturating_sub(readable + writable)
+}
+
 fn length(buffers: &[Buffer]) -> u64 {
     buffers.iter().map(|buffer| u64::from(buffer.length)).sum()
 }
@@ -301,6 +306,12 @@ impl ActiveQueue {
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
         chain.readable.clear();
         chain.writable.clear();
+        self.pop_more(chain)
+    }
+
+    /// As [`ActiveQueue::pop`], but `chain` keeps the buffers that it has, and those of the next chain come behind them: for
+    /// devices that fill chains in order.
+    pub fn pop_more(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
         if self.next_available == self.available && !self.look()? {
             return Ok(false);
         }
@@ -342,6 +353,7 @@ impl ActiveQueue {
         let mut indirect = false;
         let mut next = chain.head;
         let mut left = usize::from(size);
+        let before = (chain.readable.len(), chain.writable.len());
         loop {
             if next >= size {
                 return Err(QueueError::NoDescriptor(next));
@@ -360,10 +372,11 @@ impl ActiveQueue {
                 left = usize::from(size).min(MAX_BUFFERS);
                 continue;
             }
-            left = left.checked_sub(1).ok_or(QueueError::TooLong(
-                chain.readable.len() + chain.writable.len(),
-            ))?;
-            self.push(chain, &descriptor)?;
+            let Some(fewer) = left.checked_sub(1) else {
+                return Err(QueueError::TooLong(own_buffers(chain, before)));
+            };
+            left = fewer;
+            self.push(chain, before, &descriptor)?;
             if descriptor.flags & VRING_DESC_F_NEXT == 0 {
                 return Ok(());
             }
@@ -371,18 +384,24 @@ impl ActiveQueue {
         }
     }
 
-    fn push(&self, chain: &mut Chain, descriptor: &Descriptor) -> Result<(), QueueError> {
+    /// Add a descriptor's buffer to a chain that begins behind so many readable and writable buffers.
+    fn push(
+        &self,
+        chain: &mut Chain,
+        before: (usize, usize),
+        descriptor: &Descriptor,
+    ) -> Result<(), QueueError> {
         let Descriptor {
             address, length, ..
         } = *descriptor;
         let writable = descriptor.flags & VRING_DESC_F_WRITE != 0;
-        if !writable && !chain.writable.is_empty() {
+        if !writable && chain.writable.len() > before.1 {
             return Err(QueueError::Order);
         }
         if length == 0 {
             return Ok(());
         }
-        if chain.readable.len() + chain.writable.len() >= MAX_BUFFERS {
+        if own_buffers(chain, before) >= MAX_BUFFERS {
             return Err(QueueError::TooLong(MAX_BUFFERS));
         }
         self.check_buffer(address, length)?;

@@ -5,7 +5,46 @@ use super::backend::{Packet, Room};
 use husk_virtio::{Buffer, GuestMemory};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use vm_memory::GuestMemoryBackend;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+/// The region of guest memory that was looked up last: buffers mostly lie in the same.
+struct Region {
+    start: u64,
+    size: u64,
+    host: *mut u8,
+}
+
+impl Default for Region {
+    fn default() -> Self {
+        Self {
+            start: 0,
+            size: 0,
+            host: std::ptr::null_mut(),
+        }
+    }
+}
+
+impl Region {
+    /// Where `length` bytes at `address` are, all of them in one region of `mem`.
+    fn find(&mut self, mem: &GuestMemory, address: GuestAddress, length: usize) -> Option<*mut u8> {
+        if let Some(place) = self.place(address, length) {
+            return Some(place);
+        }
+        let region = mem.find_region(address)?;
+        *self = Self {
+            start: region.start_addr().0,
+            size: region.len(),
+            host: region.as_volatile_slice().ok()?.ptr_guard_mut().as_ptr(),
+        };
+        self.place(address, length)
+    }
+
+    fn place(&self, address: GuestAddress, length: usize) -> Option<*mut u8> {
+        let offset = address.0.checked_sub(self.start)?;
+        let left = self.size.checked_sub(offset)?;
+        (length as u64 <= left).then(|| self.host.wrapping_add(offset as usize))
+    }
+}
 
 /// Lists of buffers for the kernel. Kept, it allocates nothing after a while.
 #[derive(Default)]
@@ -70,8 +109,12 @@ impl Vectors {
         self.finish(done)
     }
 
+    /// List `buffers` but for their first `skip` bytes. Buffers that are neighbours in memory, as those of a driver often are, are
+    /// one for the kernel, which spends as much on each as on copying some hundred bytes.
     fn add_guest(&mut self, mem: &GuestMemory, buffers: &[Buffer], skip: usize) -> io::Result<()> {
         let mut skip = skip;
+        let mut region = Region::default();
+        let mut last: Option<&mut libc::iovec> = None;
         for buffer in buffers {
             let length = buffer.length as usize;
             let own = skip.min(length);
@@ -79,14 +122,22 @@ impl Vectors {
             if own == length {
                 continue;
             }
-            // A slice is checked to lie in one region, whole; what is skipped is less than it.
-            let slice = mem
-                .get_slice(buffer.address, length)
-                .map_err(|_| io::Error::from_raw_os_error(libc::EFAULT))?;
-            self.list.push(libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().wrapping_add(own).cast(),
-                iov_len: length - own,
-            });
+            let start = region
+                .find(mem, buffer.address, length)
+                .ok_or(io::Error::from_raw_os_error(libc::EFAULT))?;
+            let (base, length) = (start.wrapping_add(own), length - own);
+            match last {
+                Some(ref mut last) if last.iov_base.wrapping_add(last.iov_len) == base.cast() => {
+                    last.iov_len += length;
+                }
+                _ => {
+                    self.list.push(libc::iovec {
+                        iov_base: base.cast(),
+                        iov_len: length,
+                    });
+                    last = self.list.last_mut();
+                }
+            }
         }
         Ok(())
     }
