@@ -15,7 +15,8 @@ use virtio_bindings::bindings::virtio_ring::{
     VRING_USED_F_NO_NOTIFY,
 };
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory, VolatileSlice,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress, VolatileMemory, VolatileSlice,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -23,8 +24,10 @@ use vmm_sys_util::eventfd::EventFd;
 pub const MAX_BUFFERS: usize = 1024;
 
 const DESCRIPTOR_SIZE: u64 = 16;
-/// Offset of the ring in the available and the used ring, behind flags and index.
-const RING: u64 = 4;
+/// Offset of the index in the available and the used ring, behind flags.
+const INDEX: usize = 2;
+/// Offset of the ring itself, behind flags and index.
+const RING: usize = 4;
 
 /// What a driver did wrong with a queue.
 #[derive(Debug, thiserror::Error)]
@@ -89,31 +92,97 @@ pub struct QueueState {
 impl QueueState {
     /// Check that a device may use the queue: sizes, alignment (2.7), and that table and rings lie in memory.
     pub fn check(&self, mem: &GuestMemory) -> Result<(), QueueError> {
+        self.parts(mem).map(drop)
+    }
+
+    /// Descriptor table, available ring and used ring, checked.
+    fn parts(&self, mem: &GuestMemory) -> Result<[Part; 3], QueueError> {
         let size = self.size;
         let n = u64::from(size);
+        let part = |what, address: u64, align, length| {
+            let good = size.is_power_of_two() && size <= 32768 && address.is_multiple_of(align);
+            let part = Part::find(mem, address, length).filter(|_| good);
+            part.ok_or(QueueError::Layout {
+                what,
+                address,
+                size,
+            })
+        };
         // Rings end in the event index of 2.7.6 and 2.7.8, whether or not it is negotiated.
-        for (what, address, align, length) in [
-            (
+        Ok([
+            part(
                 "the descriptor table",
                 self.descriptors,
                 16,
                 n * DESCRIPTOR_SIZE,
-            ),
-            ("the available ring", self.available, 2, RING + n * 2 + 2),
-            ("the used ring", self.used, 4, RING + n * 8 + 2),
-        ] {
-            let inside = mem
-                .get_slice(GuestAddress(address), length as usize)
-                .is_ok();
-            if !size.is_power_of_two() || size > 32768 || address % align != 0 || !inside {
-                return Err(QueueError::Layout {
-                    what,
-                    address,
-                    size,
-                });
-            }
+            )?,
+            part(
+                "the available ring",
+                self.available,
+                2,
+                RING as u64 + n * 2 + 2,
+            )?,
+            part("the used ring", self.used, 4, RING as u64 + n * 8 + 2)?,
+        ])
+    }
+}
+
+/// A part of a queue, looked up once: the region of memory that it lies in, and where.
+struct Part {
+    region: Arc<GuestRegionMmap>,
+    offset: MemoryRegionAddress,
+    length: usize,
+}
+
+impl Part {
+    /// `length` bytes at `address`, if they all lie in one region.
+    fn find(mem: &GuestMemory, address: u64, length: u64) -> Option<Self> {
+        let address = GuestAddress(address);
+        let region = mem.find_region(address)?;
+        let offset = region.to_region_addr(address)?;
+        // Takes nothing away from `mem`; it is what hands out the region itself.
+        let (_, region) = mem.remove_region(region.start_addr(), region.len()).ok()?;
+        let part = Self {
+            region,
+            offset,
+            length: usize::try_from(length).ok()?,
+        };
+        part.slice().is_ok().then_some(part)
+    }
+
+    fn slice(&self) -> Result<VolatileSlice<'_>, GuestMemoryError> {
+        self.region.get_slice(self.offset, self.length)
+    }
+
+    fn load(&self, at: usize, order: Ordering) -> Result<u16, GuestMemoryError> {
+        Ok(u16::from_le(self.slice()?.load(at, order)?))
+    }
+
+    fn store(&self, at: usize, value: u16, order: Ordering) -> Result<(), GuestMemoryError> {
+        Ok(self.slice()?.store(value.to_le(), at, order)?)
+    }
+}
+
+/// Where a region of guest memory is. Buffers mostly lie in the same as those before, which is then not searched again.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Extent {
+    start: u64,
+    size: u64,
+}
+
+impl Extent {
+    /// That of `region`.
+    pub fn of(region: &GuestRegionMmap) -> Self {
+        Self {
+            start: region.start_addr().0,
+            size: region.len(),
         }
-        Ok(())
+    }
+
+    /// How far from its beginning `address` is, if `length` bytes there all lie in it.
+    pub fn offset(&self, address: GuestAddress, length: u64) -> Option<u64> {
+        let offset = address.0.checked_sub(self.start)?;
+        (length <= self.size.checked_sub(offset)?).then_some(offset)
     }
 }
 
@@ -213,6 +282,11 @@ pub struct ActiveQueue {
     kick: Arc<EventFd>,
     irq: Arc<dyn Interrupt>,
     state: QueueState,
+    table: Part,
+    available_ring: Part,
+    used_ring: Part,
+    /// Where the last buffer was.
+    extent: Extent,
     event_idx: bool,
     /// The available index when it was last read.
     available: Wrapping<u16>,
@@ -257,13 +331,17 @@ impl ActiveQueue {
         mem: GuestMemory,
         (kick, irq): (Arc<EventFd>, Arc<dyn Interrupt>),
     ) -> Result<Self, QueueError> {
-        state.check(&mem)?;
+        let [table, available_ring, used_ring] = state.parts(&mem)?;
         Ok(Self {
             index,
             mem,
             kick,
             irq,
             state,
+            table,
+            available_ring,
+            used_ring,
+            extent: Extent::default(),
             event_idx,
             available: Wrapping(state.next_available),
             next_available: Wrapping(state.next_available),
@@ -315,11 +393,10 @@ impl ActiveQueue {
         if self.next_available == self.available && !self.look()? {
             return Ok(false);
         }
-        let slot = self.next_available.0 & (self.state.size - 1);
-        let entry = self.state.available + RING + 2 * u64::from(slot);
-        let head: u16 = self.mem.load(GuestAddress(entry), Ordering::Relaxed)?;
-        chain.head = u16::from_le(head);
-        self.walk(chain)?;
+        let slot = usize::from(self.next_available.0 & (self.state.size - 1));
+        let entry = RING + 2 * slot;
+        chain.head = self.available_ring.load(entry, Ordering::Relaxed)?;
+        self.extent = self.walk(chain)?;
         self.next_available += 1;
         Ok(true)
     }
@@ -337,9 +414,7 @@ impl ActiveQueue {
 
     /// Read the available index; whether there is more than was taken.
     fn look(&mut self) -> Result<bool, QueueError> {
-        let index = GuestAddress(self.state.available + 2);
-        let index: u16 = self.mem.load(index, Ordering::Acquire)?;
-        self.available = Wrapping(u16::from_le(index));
+        self.available = Wrapping(self.available_ring.load(INDEX, Ordering::Acquire)?);
         let ahead = (self.available - self.next_available).0;
         if ahead > self.state.size {
             return Err(QueueError::AvailableIndex(ahead));
@@ -347,9 +422,11 @@ impl ActiveQueue {
         Ok(ahead > 0)
     }
 
-    fn walk(&self, chain: &mut Chain) -> Result<(), QueueError> {
+    /// Take the buffers of the chain that begins at `chain.head`; where the last of them is.
+    fn walk(&self, chain: &mut Chain) -> Result<Extent, QueueError> {
+        let mut extent = self.extent;
         let mut size = self.state.size;
-        let mut table = self.table(self.state.descriptors, size)?;
+        let mut table = self.table.slice()?;
         let mut indirect = false;
         let mut next = chain.head;
         let mut left = usize::from(size);
@@ -368,7 +445,7 @@ impl ActiveQueue {
                 }
                 indirect = true;
                 (size, next) = (entries as u16, 0);
-                table = self.table(descriptor.address, size)?;
+                table = self.indirect_table(descriptor.address, size)?;
                 left = usize::from(size).min(MAX_BUFFERS);
                 continue;
             }
@@ -376,9 +453,9 @@ impl ActiveQueue {
                 return Err(QueueError::TooLong(own_buffers(chain, before)));
             };
             left = fewer;
-            self.push(chain, before, &descriptor)?;
+            self.push(chain, before, &descriptor, &mut extent)?;
             if descriptor.flags & VRING_DESC_F_NEXT == 0 {
-                return Ok(());
+                return Ok(extent);
             }
             next = descriptor.next;
         }
@@ -390,6 +467,7 @@ impl ActiveQueue {
         chain: &mut Chain,
         before: (usize, usize),
         descriptor: &Descriptor,
+        extent: &mut Extent,
     ) -> Result<(), QueueError> {
         let Descriptor {
             address, length, ..
@@ -404,7 +482,12 @@ impl ActiveQueue {
         if own_buffers(chain, before) >= MAX_BUFFERS {
             return Err(QueueError::TooLong(MAX_BUFFERS));
         }
-        self.check_buffer(address, length)?;
+        if extent
+            .offset(GuestAddress(address), length.into())
+            .is_none()
+        {
+            *extent = self.find_buffer(address, length)?;
+        }
         let buffers = match writable {
             true => &mut chain.writable,
             false => &mut chain.readable,
@@ -416,15 +499,16 @@ impl ActiveQueue {
         Ok(())
     }
 
-    fn check_buffer(&self, address: u64, size: u32) -> Result<(), QueueError> {
-        match self.mem.get_slice(GuestAddress(address), size as usize) {
-            Ok(_) => Ok(()),
-            Err(_) => Err(QueueError::Buffer { address, size }),
-        }
+    /// The region that a buffer lies in.
+    fn find_buffer(&self, address: u64, size: u32) -> Result<Extent, QueueError> {
+        let place = GuestAddress(address);
+        let extent = self.mem.find_region(place).map(Extent::of);
+        let extent = extent.filter(|extent| extent.offset(place, size.into()).is_some());
+        extent.ok_or(QueueError::Buffer { address, size })
     }
 
     /// `size` descriptors at `address`, looked up once for all of them.
-    fn table(&self, address: u64, size: u16) -> Result<VolatileSlice<'_>, QueueError> {
+    fn indirect_table(&self, address: u64, size: u16) -> Result<VolatileSlice<'_>, QueueError> {
         let bytes = u32::from(size) * DESCRIPTOR_SIZE as u32;
         let slice = self.mem.get_slice(GuestAddress(address), bytes as usize);
         slice.map_err(|_| QueueError::Buffer {
@@ -435,12 +519,13 @@ impl ActiveQueue {
 
     /// Give a chain back after `written` bytes were written into it. The driver sees it at the next [`ActiveQueue::flush`].
     pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        let slot = self.next_used.0 & (self.state.size - 1);
-        let entry = GuestAddress(self.state.used + RING + 8 * u64::from(slot));
+        let slot = usize::from(self.next_used.0 & (self.state.size - 1));
         let element = u64::from(head) | u64::from(written) << 32;
-        let place = self.mem.get_slice(entry, size_of::<u64>())?;
-        let place = place.get_ref(0).map_err(GuestMemoryError::from)?;
-        place.store(element.to_le());
+        let ring = self.used_ring.slice()?;
+        let entry = ring
+            .get_ref(RING + 8 * slot)
+            .map_err(GuestMemoryError::from)?;
+        entry.store(element.to_le());
         self.next_used += 1;
         Ok(())
     }
@@ -459,30 +544,26 @@ impl ActiveQueue {
         if new == old {
             return Ok(false);
         }
-        let index = GuestAddress(self.state.used + 2);
-        self.mem.store(new.0.to_le(), index, Ordering::Release)?;
+        self.used_ring.store(INDEX, new.0, Ordering::Release)?;
         self.published = new;
         // The driver writes its event index or flag, then looks at the used index; this is the other half.
         fence(Ordering::SeqCst);
         if self.event_idx {
-            let event = self.state.available + RING + 2 * u64::from(self.state.size);
-            let event: u16 = self.mem.load(GuestAddress(event), Ordering::Relaxed)?;
+            let event = RING + 2 * usize::from(self.state.size);
             // 2.7.10: the index passed the event index with this batch.
-            let event = Wrapping(u16::from_le(event));
+            let event = Wrapping(self.available_ring.load(event, Ordering::Relaxed)?);
             return Ok((new - event - Wrapping(1)) < (new - old));
         }
-        let flags = GuestAddress(self.state.available);
-        let flags: u16 = self.mem.load(flags, Ordering::Relaxed)?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        let flags = self.available_ring.load(0, Ordering::Relaxed)?;
+        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// Ask the driver for a kick at its next available buffer; true when there are some already, for which it may not kick.
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
         if self.event_idx {
-            let event = self.state.used + RING + 8 * u64::from(self.state.size);
-            let next = self.next_available.0.to_le();
-            self.mem
-                .store(next, GuestAddress(event), Ordering::Relaxed)?;
+            let event = RING + 8 * usize::from(self.state.size);
+            let next = self.next_available.0;
+            self.used_ring.store(event, next, Ordering::Relaxed)?;
         } else {
             self.set_used_flags(0)?;
         }
@@ -500,7 +581,6 @@ impl ActiveQueue {
     }
 
     fn set_used_flags(&self, flags: u16) -> Result<(), QueueError> {
-        let address = GuestAddress(self.state.used);
-        Ok(self.mem.store(flags.to_le(), address, Ordering::Relaxed)?)
+        Ok(self.used_ring.store(0, flags, Ordering::Relaxed)?)
     }
 }
