@@ -253,6 +253,18 @@ impl Chain {
         }
         Ok(done)
     }
+
+    /// Add a descriptor's buffer, which was checked.
+    fn push(&mut self, descriptor: &Descriptor) {
+        let buffers = match descriptor.flags & VRING_DESC_F_WRITE {
+            0 => &mut self.readable,
+            _ => &mut self.writable,
+        };
+        buffers.push(Buffer {
+            address: GuestAddress(descriptor.address),
+            length: descriptor.length,
+        });
+    }
 }
 
 /// How many buffers came to `chain` since it had so many.
@@ -305,7 +317,7 @@ struct Descriptor {
 }
 
 impl Descriptor {
-    /// Number `index` of `table`.
+    /// Number `index` of `table`, of which there is no more than its descriptors.
     fn read(table: &VolatileSlice, index: u16) -> Result<Self, QueueError> {
         let at = usize::from(index) * DESCRIPTOR_SIZE as usize;
         let [low, high]: [u64; 2] = table
@@ -319,6 +331,12 @@ impl Descriptor {
             flags: (high >> 32) as u32 & 0xffff,
             next: (high >> 48) as u16,
         })
+    }
+
+    /// Whether all of its buffer lies in a region.
+    fn lies_in(&self, extent: &Extent) -> bool {
+        let address = GuestAddress(self.address);
+        extent.offset(address, self.length.into()).is_some()
     }
 }
 
@@ -396,7 +414,12 @@ impl ActiveQueue {
         let slot = usize::from(self.next_available.0 & (self.state.size - 1));
         let entry = RING + 2 * slot;
         chain.head = self.available_ring.load(entry, Ordering::Relaxed)?;
-        self.extent = self.walk(chain)?;
+        let first = Descriptor::read(&self.table.slice()?, chain.head)?;
+        match first.flags & (VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT) {
+            // Alone, as nearly all buffers for packets are: nothing else has to be checked.
+            0 if first.length > 0 && first.lies_in(&self.extent) => chain.push(&first),
+            _ => self.extent = self.walk(chain, first)?,
+        }
         self.next_available += 1;
         Ok(true)
     }
@@ -422,20 +445,15 @@ impl ActiveQueue {
         Ok(ahead > 0)
     }
 
-    /// Take the buffers of the chain that begins at `chain.head`; where the last of them is.
-    fn walk(&self, chain: &mut Chain) -> Result<Extent, QueueError> {
+    /// Take the buffers of the chain that begins with descriptor `first`; where the last of them is.
+    fn walk(&self, chain: &mut Chain, first: Descriptor) -> Result<Extent, QueueError> {
         let mut extent = self.extent;
-        let mut size = self.state.size;
         let mut table = self.table.slice()?;
+        let mut descriptor = first;
         let mut indirect = false;
-        let mut next = chain.head;
-        let mut left = usize::from(size);
+        let mut left = usize::from(self.state.size);
         let before = (chain.readable.len(), chain.writable.len());
         loop {
-            if next >= size {
-                return Err(QueueError::NoDescriptor(next));
-            }
-            let descriptor = Descriptor::read(&table, next)?;
             if descriptor.flags & VRING_DESC_F_INDIRECT != 0 {
                 let entries = u64::from(descriptor.length) / DESCRIPTOR_SIZE;
                 let whole = entries * DESCRIPTOR_SIZE == u64::from(descriptor.length);
@@ -444,9 +462,9 @@ impl ActiveQueue {
                     return Err(QueueError::Indirect(descriptor.length));
                 }
                 indirect = true;
-                (size, next) = (entries as u16, 0);
-                table = self.indirect_table(descriptor.address, size)?;
-                left = usize::from(size).min(MAX_BUFFERS);
+                table = self.indirect_table(descriptor.address, entries as u16)?;
+                left = (entries as usize).min(MAX_BUFFERS);
+                descriptor = Descriptor::read(&table, 0)?;
                 continue;
             }
             let Some(fewer) = left.checked_sub(1) else {
@@ -457,7 +475,7 @@ impl ActiveQueue {
             if descriptor.flags & VRING_DESC_F_NEXT == 0 {
                 return Ok(extent);
             }
-            next = descriptor.next;
+            descriptor = Descriptor::read(&table, descriptor.next)?;
         }
     }
 
@@ -482,20 +500,10 @@ impl ActiveQueue {
         if own_buffers(chain, before) >= MAX_BUFFERS {
             return Err(QueueError::TooLong(MAX_BUFFERS));
         }
-        if extent
-            .offset(GuestAddress(address), length.into())
-            .is_none()
-        {
+        if !descriptor.lies_in(extent) {
             *extent = self.find_buffer(address, length)?;
         }
-        let buffers = match writable {
-            true => &mut chain.writable,
-            false => &mut chain.readable,
-        };
-        buffers.push(Buffer {
-            address: GuestAddress(address),
-            length,
-        });
+        chain.push(descriptor);
         Ok(())
     }
 

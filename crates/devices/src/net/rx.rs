@@ -35,7 +35,7 @@ impl Rx {
         self.queue = Some(queue);
     }
 
-    /// Give the queue up. A packet that waits for buffers is lost.
+    /// Give the queue up, with all chains that hold no packet. A packet that waits for buffers is lost.
     pub fn stop(&mut self) -> Option<ActiveQueue> {
         let mut queue = self.queue.take()?;
         self.receiver.held = None;
@@ -58,9 +58,8 @@ impl Rx {
             false => Ok(self.receiver.discard(queue, path)),
         };
         let outcome = outcome.map_err(|bad| bad.of(queue.index()))?;
-        if self.receiver.held.is_none() {
-            self.receiver.put_back(queue);
-        }
+        // Chains that are ready stay so: they need not be read again for the next packet.
+        self.receiver.unshown = 0;
         queue
             .flush()
             .map_err(|e| DeviceError::Queue(queue.index(), e))?;
@@ -363,7 +362,7 @@ impl Receiver {
         Ok(())
     }
 
-    /// Nothing is held: the chains that are ready go back.
+    /// The chains that are ready go back.
     fn put_back(&mut self, queue: &mut ActiveQueue) {
         for _ in self.ready.drain(..) {
             queue.undo_pop();
