@@ -149,3 +149,63 @@ impl Vectors {
         usize::try_from(done).map_err(|_| error)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_in_memory_are_one_vector() {
+        let ranges = [
+            (GuestAddress(0), 0x1_0000),
+            (GuestAddress(0x10_0000), 0x1000),
+        ];
+        let mem = GuestMemory::from_ranges(&ranges).unwrap();
+        let host = |address: u64| mem.get_host_address(GuestAddress(address)).unwrap();
+        let buffers = [
+            (0x1000, 0x1000),
+            (0x2000, 0x800),
+            (0x2800, 1),
+            // A gap, then backwards, then the other region.
+            (0x2802, 0x100),
+            (0x2000, 2),
+            (0x10_0000, 0x1000),
+        ]
+        .map(|(address, length)| Buffer {
+            address: GuestAddress(address),
+            length,
+        });
+        let list = |skip| {
+            let mut vectors = Vectors::default();
+            vectors.add_guest(&mem, &buffers, skip).unwrap();
+            let parts = vectors.list.iter();
+            let parts = parts.map(|part| (part.iov_base.cast::<u8>(), part.iov_len));
+            parts.collect::<Vec<_>>()
+        };
+        let rest = [
+            (host(0x2802), 0x100),
+            (host(0x2000), 2),
+            (host(0x10_0000), 0x1000),
+        ];
+        let with = |first| [&[first], &rest[..]].concat();
+        assert_eq!(list(0), with((host(0x1000), 0x1801)));
+        assert_eq!(list(0xfff), with((host(0x1fff), 0x802)));
+        assert_eq!(list(0x1800), with((host(0x2800), 1)));
+        assert_eq!(list(0x1801), rest);
+        assert_eq!(list(0x1801 + 0x102 + 0x1000), []);
+    }
+
+    #[test]
+    fn what_is_not_all_in_one_region_is_refused() {
+        let mem = GuestMemory::from_ranges(&[(GuestAddress(0x1000), 0x1000)]).unwrap();
+        let mut vectors = Vectors::default();
+        for (address, length) in [(0xfff, 2), (0x1fff, 2), (0x2000, 1), (u64::MAX, 1)] {
+            let buffers = [(0x1000, 1), (address, length)].map(|(address, length)| Buffer {
+                address: GuestAddress(address),
+                length,
+            });
+            let result = vectors.add_guest(&mem, &buffers, 0);
+            assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EFAULT));
+        }
+    }
+}
