@@ -16,7 +16,7 @@ mod thread;
 pub mod transport;
 
 pub use device::{ConfigSpace, DeviceError, DeviceInfo, DeviceState, VirtioDevice};
-pub use queue::{ActiveQueue, Buffer, Chain, QueueError, QueueState, from as buffers_from};
+pub use queue::{ActiveQueue, Buffer, Chain, Extent, QueueError, QueueState, from as buffers_from};
 pub use thread::{DeviceThread, RunningId, ThreadError};
 
 use virtio_bindings::bindings::{virtio_config, virtio_ring};

@@ -15,7 +15,8 @@ use virtio_bindings::bindings::virtio_ring::{
     VRING_USED_F_NO_NOTIFY,
 };
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileMemory, VolatileSlice,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress, VolatileMemory, VolatileSlice,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -23,8 +24,10 @@ use vmm_sys_util::eventfd::EventFd;
 pub const MAX_BUFFERS: usize = 1024;
 
 const DESCRIPTOR_SIZE: u64 = 16;
-/// Offset of the ring in the available and the used ring, behind flags and index.
-const RING: u64 = 4;
+/// Offset of the index in the available and the used ring, behind flags.
+const INDEX: usize = 2;
+/// Offset of the ring itself, behind flags and index.
+const RING: usize = 4;
 
 /// What a driver did wrong with a queue.
 #[derive(Debug, thiserror::Error)]
@@ -89,31 +92,97 @@ pub struct QueueState {
 impl QueueState {
     /// Check that a device may use the queue: sizes, alignment (2.7), and that table and rings lie in memory.
     pub fn check(&self, mem: &GuestMemory) -> Result<(), QueueError> {
+        self.parts(mem).map(drop)
+    }
+
+    /// Descriptor table, available ring and used ring, checked.
+    fn parts(&self, mem: &GuestMemory) -> Result<[Part; 3], QueueError> {
         let size = self.size;
         let n = u64::from(size);
+        let part = |what, address: u64, align, length| {
+            let good = size.is_power_of_two() && size <= 32768 && address.is_multiple_of(align);
+            let part = Part::find(mem, address, length).filter(|_| good);
+            part.ok_or(QueueError::Layout {
+                what,
+                address,
+                size,
+            })
+        };
         // Rings end in the event index of 2.7.6 and 2.7.8, whether or not it is negotiated.
-        for (what, address, align, length) in [
-            (
+        Ok([
+            part(
                 "the descriptor table",
                 self.descriptors,
                 16,
                 n * DESCRIPTOR_SIZE,
-            ),
-            ("the available ring", self.available, 2, RING + n * 2 + 2),
-            ("the used ring", self.used, 4, RING + n * 8 + 2),
-        ] {
-            let inside = mem
-                .get_slice(GuestAddress(address), length as usize)
-                .is_ok();
-            if !size.is_power_of_two() || size > 32768 || address % align != 0 || !inside {
-                return Err(QueueError::Layout {
-                    what,
-                    address,
-                    size,
-                });
-            }
+            )?,
+            part(
+                "the available ring",
+                self.available,
+                2,
+                RING as u64 + n * 2 + 2,
+            )?,
+            part("the used ring", self.used, 4, RING as u64 + n * 8 + 2)?,
+        ])
+    }
+}
+
+/// A part of a queue, looked up once: the region of memory that it lies in, and where.
+struct Part {
+    region: Arc<GuestRegionMmap>,
+    offset: MemoryRegionAddress,
+    length: usize,
+}
+
+impl Part {
+    /// `length` bytes at `address`, if they all lie in one region.
+    fn find(mem: &GuestMemory, address: u64, length: u64) -> Option<Self> {
+        let address = GuestAddress(address);
+        let region = mem.find_region(address)?;
+        let offset = region.to_region_addr(address)?;
+        // Takes nothing away from `mem`; it is what hands out the region itself.
+        let (_, region) = mem.remove_region(region.start_addr(), region.len()).ok()?;
+        let part = Self {
+            region,
+            offset,
+            length: usize::try_from(length).ok()?,
+        };
+        part.slice().is_ok().then_some(part)
+    }
+
+    fn slice(&self) -> Result<VolatileSlice<'_>, GuestMemoryError> {
+        self.region.get_slice(self.offset, self.length)
+    }
+
+    fn load(&self, at: usize, order: Ordering) -> Result<u16, GuestMemoryError> {
+        Ok(u16::from_le(self.slice()?.load(at, order)?))
+    }
+
+    fn store(&self, at: usize, value: u16, order: Ordering) -> Result<(), GuestMemoryError> {
+        Ok(self.slice()?.store(value.to_le(), at, order)?)
+    }
+}
+
+/// Where a region of guest memory is. Buffers mostly lie in the same as those before, which is then not searched again.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Extent {
+    start: u64,
+    size: u64,
+}
+
+impl Extent {
+    /// That of `region`.
+    pub fn of(region: &GuestRegionMmap) -> Self {
+        Self {
+            start: region.start_addr().0,
+            size: region.len(),
         }
-        Ok(())
+    }
+
+    /// How far from its beginning `address` is, if `length` bytes there all lie in it.
+    pub fn offset(&self, address: GuestAddress, length: u64) -> Option<u64> {
+        let offset = address.0.checked_sub(self.start)?;
+        (length <= self.size.checked_sub(offset)?).then_some(offset)
     }
 }
 
@@ -184,6 +253,23 @@ impl Chain {
         }
         Ok(done)
     }
+
+    /// Add a descriptor's buffer, which was checked.
+    fn push(&mut self, descriptor: &Descriptor) {
+        let buffers = match descriptor.flags & VRING_DESC_F_WRITE {
+            0 => &mut self.readable,
+            _ => &mut self.writable,
+        };
+        buffers.push(Buffer {
+            address: GuestAddress(descriptor.address),
+            length: descriptor.length,
+        });
+    }
+}
+
+/// How many buffers came to `chain` since it had so many.
+fn own_buffers(chain: &Chain, (readable, writable): (usize, usize)) -> usize {
+    (chain.readable.len() + chain.writable.len()).saturating_sub(readable + writable)
 }
 
 fn length(buffers: &[Buffer]) -> u64 {
@@ -208,6 +294,11 @@ pub struct ActiveQueue {
     kick: Arc<EventFd>,
     irq: Arc<dyn Interrupt>,
     state: QueueState,
+    table: Part,
+    available_ring: Part,
+    used_ring: Part,
+    /// Where the last buffer was.
+    extent: Extent,
     event_idx: bool,
     /// The available index when it was last read.
     available: Wrapping<u16>,
@@ -226,7 +317,7 @@ struct Descriptor {
 }
 
 impl Descriptor {
-    /// Number `index` of `table`.
+    /// Number `index` of `table`, of which there is no more than its descriptors.
     fn read(table: &VolatileSlice, index: u16) -> Result<Self, QueueError> {
         let at = usize::from(index) * DESCRIPTOR_SIZE as usize;
         let [low, high]: [u64; 2] = table
@@ -241,6 +332,12 @@ impl Descriptor {
             next: (high >> 48) as u16,
         })
     }
+
+    /// Whether all of its buffer lies in a region.
+    fn lies_in(&self, extent: &Extent) -> bool {
+        let address = GuestAddress(self.address);
+        extent.offset(address, self.length.into()).is_some()
+    }
 }
 
 impl ActiveQueue {
@@ -252,13 +349,17 @@ impl ActiveQueue {
         mem: GuestMemory,
         (kick, irq): (Arc<EventFd>, Arc<dyn Interrupt>),
     ) -> Result<Self, QueueError> {
-        state.check(&mem)?;
+        let [table, available_ring, used_ring] = state.parts(&mem)?;
         Ok(Self {
             index,
             mem,
             kick,
             irq,
             state,
+            table,
+            available_ring,
+            used_ring,
+            extent: Extent::default(),
             event_idx,
             available: Wrapping(state.next_available),
             next_available: Wrapping(state.next_available),
@@ -301,14 +402,24 @@ impl ActiveQueue {
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
         chain.readable.clear();
         chain.writable.clear();
+        self.pop_more(chain)
+    }
+
+    /// As [`ActiveQueue::pop`], but `chain` keeps the buffers that it has, and those of the next chain come behind them: for
+    /// devices that fill chains in order.
+    pub fn pop_more(&mut self, chain: &mut Chain) -> Result<bool, QueueError> {
         if self.next_available == self.available && !self.look()? {
             return Ok(false);
         }
-        let slot = self.next_available.0 & (self.state.size - 1);
-        let entry = self.state.available + RING + 2 * u64::from(slot);
-        let head: u16 = self.mem.load(GuestAddress(entry), Ordering::Relaxed)?;
-        chain.head = u16::from_le(head);
-        self.walk(chain)?;
+        let slot = usize::from(self.next_available.0 & (self.state.size - 1));
+        let entry = RING + 2 * slot;
+        chain.head = self.available_ring.load(entry, Ordering::Relaxed)?;
+        let first = Descriptor::read(&self.table.slice()?, chain.head)?;
+        match first.flags & (VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT) {
+            // Alone, as nearly all buffers for packets are: nothing else has to be checked.
+            0 if first.length > 0 && first.lies_in(&self.extent) => chain.push(&first),
+            _ => self.extent = self.walk(chain, first)?,
+        }
         self.next_available += 1;
         Ok(true)
     }
@@ -326,9 +437,7 @@ impl ActiveQueue {
 
     /// Read the available index; whether there is more than was taken.
     fn look(&mut self) -> Result<bool, QueueError> {
-        let index = GuestAddress(self.state.available + 2);
-        let index: u16 = self.mem.load(index, Ordering::Acquire)?;
-        self.available = Wrapping(u16::from_le(index));
+        self.available = Wrapping(self.available_ring.load(INDEX, Ordering::Acquire)?);
         let ahead = (self.available - self.next_available).0;
         if ahead > self.state.size {
             return Err(QueueError::AvailableIndex(ahead));
@@ -336,17 +445,15 @@ impl ActiveQueue {
         Ok(ahead > 0)
     }
 
-    fn walk(&self, chain: &mut Chain) -> Result<(), QueueError> {
-        let mut size = self.state.size;
-        let mut table = self.table(self.state.descriptors, size)?;
+    /// Take the buffers of the chain that begins with descriptor `first`; where the last of them is.
+    fn walk(&self, chain: &mut Chain, first: Descriptor) -> Result<Extent, QueueError> {
+        let mut extent = self.extent;
+        let mut table = self.table.slice()?;
+        let mut descriptor = first;
         let mut indirect = false;
-        let mut next = chain.head;
-        let mut left = usize::from(size);
+        let mut left = usize::from(self.state.size);
+        let before = (chain.readable.len(), chain.writable.len());
         loop {
-            if next >= size {
-                return Err(QueueError::NoDescriptor(next));
-            }
-            let descriptor = Descriptor::read(&table, next)?;
             if descriptor.flags & VRING_DESC_F_INDIRECT != 0 {
                 let entries = u64::from(descriptor.length) / DESCRIPTOR_SIZE;
                 let whole = entries * DESCRIPTOR_SIZE == u64::from(descriptor.length);
@@ -355,57 +462,61 @@ impl ActiveQueue {
                     return Err(QueueError::Indirect(descriptor.length));
                 }
                 indirect = true;
-                (size, next) = (entries as u16, 0);
-                table = self.table(descriptor.address, size)?;
-                left = usize::from(size).min(MAX_BUFFERS);
+                table = self.indirect_table(descriptor.address, entries as u16)?;
+                left = (entries as usize).min(MAX_BUFFERS);
+                descriptor = Descriptor::read(&table, 0)?;
                 continue;
             }
-            left = left.checked_sub(1).ok_or(QueueError::TooLong(
-                chain.readable.len() + chain.writable.len(),
-            ))?;
-            self.push(chain, &descriptor)?;
+            let Some(fewer) = left.checked_sub(1) else {
+                return Err(QueueError::TooLong(own_buffers(chain, before)));
+            };
+            left = fewer;
+            self.push(chain, before, &descriptor, &mut extent)?;
             if descriptor.flags & VRING_DESC_F_NEXT == 0 {
-                return Ok(());
+                return Ok(extent);
             }
-            next = descriptor.next;
+            descriptor = Descriptor::read(&table, descriptor.next)?;
         }
     }
 
-    fn push(&self, chain: &mut Chain, descriptor: &Descriptor) -> Result<(), QueueError> {
+    /// Add a descriptor's buffer to a chain that begins behind so many readable and writable buffers.
+    fn push(
+        &self,
+        chain: &mut Chain,
+        before: (usize, usize),
+        descriptor: &Descriptor,
+        extent: &mut Extent,
+    ) -> Result<(), QueueError> {
         let Descriptor {
             address, length, ..
         } = *descriptor;
         let writable = descriptor.flags & VRING_DESC_F_WRITE != 0;
-        if !writable && !chain.writable.is_empty() {
+        if !writable && chain.writable.len() > before.1 {
             return Err(QueueError::Order);
         }
         if length == 0 {
             return Ok(());
         }
-        if chain.readable.len() + chain.writable.len() >= MAX_BUFFERS {
+        if own_buffers(chain, before) >= MAX_BUFFERS {
             return Err(QueueError::TooLong(MAX_BUFFERS));
         }
-        self.check_buffer(address, length)?;
-        let buffers = match writable {
-            true => &mut chain.writable,
-            false => &mut chain.readable,
-        };
-        buffers.push(Buffer {
-            address: GuestAddress(address),
-            length,
-        });
+        if !descriptor.lies_in(extent) {
+            *extent = self.find_buffer(address, length)?;
+        }
+        chain.push(descriptor);
         Ok(())
     }
 
-    fn check_buffer(&self, address: u64, size: u32) -> Result<(), QueueError> {
-        match self.mem.get_slice(GuestAddress(address), size as usize) {
-            Ok(_) => Ok(()),
-            Err(_) => Err(QueueError::Buffer { address, size }),
-        }
+    /// The region that a buffer lies in.
+    fn find_buffer(&self, address: u64, size: u32) -> Result<Extent, QueueError> {
+        let place = GuestAddress(address);
+        let extent = self.mem.find_region(place).map(Extent::of);
+        let extent = extent.filter(|extent| extent.offset(place, size.into()).is_some());
+        extent.ok_or(QueueError::Buffer { address, size })
     }
 
     /// `size` descriptors at `address`, looked up once for all of them.
-    fn table(&self, address: u64, size: u16) -> Result<VolatileSlice<'_>, QueueError> {
+    fn indirect_table(&self, address: u64, size: u16) -> Result<VolatileSlice<'_>, QueueError> {
         let bytes = u32::from(size) * DESCRIPTOR_SIZE as u32;
         let slice = self.mem.get_slice(GuestAddress(address), bytes as usize);
         slice.map_err(|_| QueueError::Buffer {
@@ -416,12 +527,13 @@ impl ActiveQueue {
 
     /// Give a chain back after `written` bytes were written into it. The driver sees it at the next [`ActiveQueue::flush`].
     pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        let slot = self.next_used.0 & (self.state.size - 1);
-        let entry = GuestAddress(self.state.used + RING + 8 * u64::from(slot));
+        let slot = usize::from(self.next_used.0 & (self.state.size - 1));
         let element = u64::from(head) | u64::from(written) << 32;
-        let place = self.mem.get_slice(entry, size_of::<u64>())?;
-        let place = place.get_ref(0).map_err(GuestMemoryError::from)?;
-        place.store(element.to_le());
+        let ring = self.used_ring.slice()?;
+        let entry = ring
+            .get_ref(RING + 8 * slot)
+            .map_err(GuestMemoryError::from)?;
+        entry.store(element.to_le());
         self.next_used += 1;
         Ok(())
     }
@@ -440,30 +552,26 @@ impl ActiveQueue {
         if new == old {
             return Ok(false);
         }
-        let index = GuestAddress(self.state.used + 2);
-        self.mem.store(new.0.to_le(), index, Ordering::Release)?;
+        self.used_ring.store(INDEX, new.0, Ordering::Release)?;
         self.published = new;
         // The driver writes its event index or flag, then looks at the used index; this is the other half.
         fence(Ordering::SeqCst);
         if self.event_idx {
-            let event = self.state.available + RING + 2 * u64::from(self.state.size);
-            let event: u16 = self.mem.load(GuestAddress(event), Ordering::Relaxed)?;
+            let event = RING + 2 * usize::from(self.state.size);
             // 2.7.10: the index passed the event index with this batch.
-            let event = Wrapping(u16::from_le(event));
+            let event = Wrapping(self.available_ring.load(event, Ordering::Relaxed)?);
             return Ok((new - event - Wrapping(1)) < (new - old));
         }
-        let flags = GuestAddress(self.state.available);
-        let flags: u16 = self.mem.load(flags, Ordering::Relaxed)?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        let flags = self.available_ring.load(0, Ordering::Relaxed)?;
+        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// Ask the driver for a kick at its next available buffer; true when there are some already, for which it may not kick.
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
         if self.event_idx {
-            let event = self.state.used + RING + 8 * u64::from(self.state.size);
-            let next = self.next_available.0.to_le();
-            self.mem
-                .store(next, GuestAddress(event), Ordering::Relaxed)?;
+            let event = RING + 8 * usize::from(self.state.size);
+            let next = self.next_available.0;
+            self.used_ring.store(event, next, Ordering::Relaxed)?;
         } else {
             self.set_used_flags(0)?;
         }
@@ -481,7 +589,146 @@ impl ActiveQueue {
     }
 
     fn set_used_flags(&self, flags: u16) -> Result<(), QueueError> {
-        let address = GuestAddress(self.state.used);
-        Ok(self.mem.store(flags.to_le(), address, Ordering::Relaxed)?)
+        Ok(self.used_ring.store(0, flags, Ordering::Relaxed)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Buffers, DriverQueue, Layout, MEMORY};
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    /// Where a second region begins, with a gap before it.
+    const SECOND: u64 = 2 * MEMORY;
+
+    struct Nobody;
+
+    impl Interrupt for Nobody {
+        fn queue(&self, _index: u16) {}
+        fn config(&self) {}
+        fn needs_reset(&self) {}
+    }
+
+    /// A queue of eight descriptors in memory of two regions, from both sides.
+    fn queue() -> (DriverQueue, ActiveQueue) {
+        let size = MEMORY as usize;
+        let ranges = [(GuestAddress(0), size), (GuestAddress(SECOND), size)];
+        let mem = GuestMemory::from_ranges(&ranges).unwrap();
+        let state = QueueState {
+            size: 8,
+            descriptors: 0x10_0000,
+            available: 0x10_1000,
+            used: 0x10_2000,
+            ..QueueState::default()
+        };
+        let driver = DriverQueue::new(0, state, mem.clone(), true);
+        let ends: (_, Arc<dyn Interrupt>) = (
+            Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()),
+            Arc::new(Nobody),
+        );
+        let device = ActiveQueue::new(0, driver.state, true, mem, ends).unwrap();
+        (driver, device)
+    }
+
+    fn add(driver: &mut DriverQueue, readable: &[(u64, u32)], writable: &[(u64, u32)]) -> u16 {
+        let buffers = Buffers {
+            readable: readable.to_vec(),
+            writable: writable.to_vec(),
+        };
+        driver.add(&buffers, Layout::Direct, 0)
+    }
+
+    fn buffers(list: &[(u64, u32)]) -> Vec<Buffer> {
+        list.iter()
+            .map(|&(address, length)| Buffer {
+                address: GuestAddress(address),
+                length,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn chains_follow_each_other_in_one_list() {
+        let (mut driver, mut device) = queue();
+        let (a, b, c) = ((0x1000, 10), (SECOND, 20), (MEMORY - 30, 30));
+        let heads = [
+            add(&mut driver, &[], &[a, b]),
+            add(&mut driver, &[c], &[]),
+            add(&mut driver, &[], &[c]),
+        ];
+        let mut chain = Chain::default();
+        for head in heads {
+            assert!(device.pop_more(&mut chain).unwrap());
+            assert_eq!(chain.head, head);
+        }
+        assert!(!device.pop_more(&mut chain).unwrap());
+        // Each is in order by itself: readable before writable.
+        assert_eq!(chain.readable, buffers(&[c]));
+        assert_eq!(chain.writable, buffers(&[a, b, c]));
+        device.undo_pop();
+        assert!(device.pop(&mut chain).unwrap());
+        assert_eq!(chain.readable, []);
+        assert_eq!(chain.writable, buffers(&[c]));
+    }
+
+    #[test]
+    fn a_buffer_is_checked_wherever_the_one_before_was() {
+        let ends_inside = [(MEMORY - 1, 1), (SECOND, 1), (SECOND + MEMORY - 8, 8)];
+        let outside = [
+            (MEMORY - 1, 2),
+            (MEMORY, 1),
+            (SECOND - 1, 2),
+            (SECOND + MEMORY - 1, 2),
+            (SECOND + MEMORY, 1),
+            (u64::MAX, 1),
+            (u64::MAX - 1, u32::MAX),
+            (0, u32::MAX),
+        ];
+        for before in ends_inside {
+            for bad in outside {
+                for alone in [true, false] {
+                    let (mut driver, mut device) = queue();
+                    add(&mut driver, &[], &[before]);
+                    let (two, one) = ([(0x1000, 4), bad], [bad]);
+                    let list: &[(u64, u32)] = if alone { &one } else { &two };
+                    add(&mut driver, &[], list);
+                    let mut chain = Chain::default();
+                    assert!(device.pop(&mut chain).unwrap());
+                    assert_eq!(chain.writable, buffers(&[before]));
+                    let result = device.pop(&mut chain);
+                    let refused = matches!(
+                        result,
+                        Err(QueueError::Buffer { address, size }) if (address, size) == bad
+                    );
+                    assert!(refused, "{bad:x?} behind {before:x?}: {result:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_chain_of_one_descriptor_keeps_the_rules_of_others() {
+        let (mut driver, mut device) = queue();
+        let mut chain = Chain::default();
+        // Empty, wherever.
+        driver.describe(7, u64::MAX, 0, 2, 0);
+        driver.make_available(7);
+        assert!(device.pop(&mut chain).unwrap());
+        assert!(chain.readable.is_empty() && chain.writable.is_empty());
+        for head in [8, u16::MAX] {
+            let (mut driver, mut device) = queue();
+            driver.make_available(head);
+            let result = device.pop(&mut chain);
+            assert!(matches!(result, Err(QueueError::NoDescriptor(own)) if own == head));
+        }
+        // The next one does not exist, or is the same one.
+        for (next, wanted) in [(8, "descriptor 8"), (3, "longer than 8")] {
+            let (mut driver, mut device) = queue();
+            driver.describe(3, 0x1000, 1, 3, next);
+            driver.make_available(3);
+            let error = device.pop(&mut chain).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{error}");
+        }
     }
 }

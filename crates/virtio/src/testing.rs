@@ -232,16 +232,8 @@ impl Driver {
             used: self.allocate(n * 8 + 6),
             ..QueueState::default()
         };
-        DriverQueue {
-            index,
-            state,
-            mem: self.mem.clone(),
-            event_idx: self.features & F_EVENT_IDX != 0,
-            free: (0..size).rev().collect(),
-            lent: vec![Vec::new(); usize::from(size)],
-            next_available: 0,
-            last_used: 0,
-        }
+        let event_idx = self.features & F_EVENT_IDX != 0;
+        DriverQueue::new(index, state, self.mem.clone(), event_idx)
     }
 
     /// Zeroed guest memory, page-aligned.
@@ -345,6 +337,21 @@ pub struct DriverQueue {
 }
 
 impl DriverQueue {
+    /// Nothing is lent yet.
+    pub fn new(index: u16, state: QueueState, mem: GuestMemory, event_idx: bool) -> Self {
+        let size = state.size;
+        Self {
+            index,
+            state,
+            mem,
+            event_idx,
+            free: (0..size).rev().collect(),
+            lent: vec![Vec::new(); usize::from(size)],
+            next_available: 0,
+            last_used: 0,
+        }
+    }
+
     /// Make a chain available; its first descriptor. `table`: where an indirect table may be put.
     pub fn add(&mut self, buffers: &Buffers, layout: Layout, table: u64) -> u16 {
         let readable = buffers.readable.iter().map(|&(a, l)| (a, l, 0));

@@ -5,7 +5,46 @@ use super::backend::{Packet, Room};
 use husk_virtio::{Buffer, GuestMemory};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use vm_memory::GuestMemoryBackend;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+/// The region of guest memory that was looked up last: buffers mostly lie in the same.
+struct Region {
+    start: u64,
+    size: u64,
+    host: *mut u8,
+}
+
+impl Default for Region {
+    fn default() -> Self {
+        Self {
+            start: 0,
+            size: 0,
+            host: std::ptr::null_mut(),
+        }
+    }
+}
+
+impl Region {
+    /// Where `length` bytes at `address` are, all of them in one region of `mem`.
+    fn find(&mut self, mem: &GuestMemory, address: GuestAddress, length: usize) -> Option<*mut u8> {
+        if let Some(place) = self.place(address, length) {
+            return Some(place);
+        }
+        let region = mem.find_region(address)?;
+        *self = Self {
+            start: region.start_addr().0,
+            size: region.len(),
+            host: region.as_volatile_slice().ok()?.ptr_guard_mut().as_ptr(),
+        };
+        self.place(address, length)
+    }
+
+    fn place(&self, address: GuestAddress, length: usize) -> Option<*mut u8> {
+        let offset = address.0.checked_sub(self.start)?;
+        let left = self.size.checked_sub(offset)?;
+        (length as u64 <= left).then(|| self.host.wrapping_add(offset as usize))
+    }
+}
 
 /// Lists of buffers for the kernel. Kept, it allocates nothing after a while.
 #[derive(Default)]
@@ -70,8 +109,12 @@ impl Vectors {
         self.finish(done)
     }
 
+    /// List `buffers` but for their first `skip` bytes. Buffers that are neighbours in memory, as those of a driver often are, are
+    /// one for the kernel, which spends as much on each as on copying some hundred bytes.
     fn add_guest(&mut self, mem: &GuestMemory, buffers: &[Buffer], skip: usize) -> io::Result<()> {
         let mut skip = skip;
+        let mut region = Region::default();
+        let mut last: Option<&mut libc::iovec> = None;
         for buffer in buffers {
             let length = buffer.length as usize;
             let own = skip.min(length);
@@ -79,14 +122,22 @@ impl Vectors {
             if own == length {
                 continue;
             }
-            // A slice is checked to lie in one region, whole; what is skipped is less than it.
-            let slice = mem
-                .get_slice(buffer.address, length)
-                .map_err(|_| io::Error::from_raw_os_error(libc::EFAULT))?;
-            self.list.push(libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().wrapping_add(own).cast(),
-                iov_len: length - own,
-            });
+            let start = region
+                .find(mem, buffer.address, length)
+                .ok_or(io::Error::from_raw_os_error(libc::EFAULT))?;
+            let (base, length) = (start.wrapping_add(own), length - own);
+            match last {
+                Some(ref mut last) if last.iov_base.wrapping_add(last.iov_len) == base.cast() => {
+                    last.iov_len += length;
+                }
+                _ => {
+                    self.list.push(libc::iovec {
+                        iov_base: base.cast(),
+                        iov_len: length,
+                    });
+                    last = self.list.last_mut();
+                }
+            }
         }
         Ok(())
     }
@@ -96,5 +147,65 @@ impl Vectors {
         let error = io::Error::last_os_error();
         self.list.clear();
         usize::try_from(done).map_err(|_| error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_in_memory_are_one_vector() {
+        let ranges = [
+            (GuestAddress(0), 0x1_0000),
+            (GuestAddress(0x10_0000), 0x1000),
+        ];
+        let mem = GuestMemory::from_ranges(&ranges).unwrap();
+        let host = |address: u64| mem.get_host_address(GuestAddress(address)).unwrap();
+        let buffers = [
+            (0x1000, 0x1000),
+            (0x2000, 0x800),
+            (0x2800, 1),
+            // A gap, then backwards, then the other region.
+            (0x2802, 0x100),
+            (0x2000, 2),
+            (0x10_0000, 0x1000),
+        ]
+        .map(|(address, length)| Buffer {
+            address: GuestAddress(address),
+            length,
+        });
+        let list = |skip| {
+            let mut vectors = Vectors::default();
+            vectors.add_guest(&mem, &buffers, skip).unwrap();
+            let parts = vectors.list.iter();
+            let parts = parts.map(|part| (part.iov_base.cast::<u8>(), part.iov_len));
+            parts.collect::<Vec<_>>()
+        };
+        let rest = [
+            (host(0x2802), 0x100),
+            (host(0x2000), 2),
+            (host(0x10_0000), 0x1000),
+        ];
+        let with = |first| [&[first], &rest[..]].concat();
+        assert_eq!(list(0), with((host(0x1000), 0x1801)));
+        assert_eq!(list(0xfff), with((host(0x1fff), 0x802)));
+        assert_eq!(list(0x1800), with((host(0x2800), 1)));
+        assert_eq!(list(0x1801), rest);
+        assert_eq!(list(0x1801 + 0x102 + 0x1000), []);
+    }
+
+    #[test]
+    fn what_is_not_all_in_one_region_is_refused() {
+        let mem = GuestMemory::from_ranges(&[(GuestAddress(0x1000), 0x1000)]).unwrap();
+        let mut vectors = Vectors::default();
+        for (address, length) in [(0xfff, 2), (0x1fff, 2), (0x2000, 1), (u64::MAX, 1)] {
+            let buffers = [(0x1000, 1), (address, length)].map(|(address, length)| Buffer {
+                address: GuestAddress(address),
+                length,
+            });
+            let result = vectors.add_guest(&mem, &buffers, 0);
+            assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EFAULT));
+        }
     }
 }

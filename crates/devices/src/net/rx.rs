@@ -5,8 +5,7 @@
 
 use super::backend::{HEADER, LEAST, MOST, MOST_BUFFERS, Received, Room};
 use super::{Budget, Outcome, Path};
-use husk_virtio::{ActiveQueue, Buffer, Chain, DeviceError, QueueError};
-use std::collections::VecDeque;
+use husk_virtio::{ActiveQueue, Chain, DeviceError, QueueError};
 
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS: u64 = 10;
@@ -36,7 +35,7 @@ impl Rx {
         self.queue = Some(queue);
     }
 
-    /// Give the queue up. A packet that waits for buffers is lost.
+    /// Give the queue up, with all chains that hold no packet. A packet that waits for buffers is lost.
     pub fn stop(&mut self) -> Option<ActiveQueue> {
         let mut queue = self.queue.take()?;
         self.receiver.held = None;
@@ -59,9 +58,8 @@ impl Rx {
             false => Ok(self.receiver.discard(queue, path)),
         };
         let outcome = outcome.map_err(|bad| bad.of(queue.index()))?;
-        if self.receiver.held.is_none() {
-            self.receiver.put_back(queue);
-        }
+        // Chains that are ready stay so: they need not be read again for the next packet.
+        self.receiver.unshown = 0;
         queue
             .flush()
             .map_err(|e| DeviceError::Queue(queue.index(), e))?;
@@ -90,6 +88,14 @@ impl Bad {
     }
 }
 
+/// A chain that was popped. Its writable buffers are with those of the others.
+struct Ready {
+    head: u16,
+    buffers: usize,
+    /// Bytes of them.
+    room: u64,
+}
+
 /// A packet that was read and is not handed over yet. Its first `direct` bytes are in the chains that are ready.
 #[derive(Clone, Copy)]
 struct Held {
@@ -112,13 +118,12 @@ struct Receiver {
     mergeable: bool,
     /// The backend may have packets. It says so once.
     readable: bool,
-    /// Chains that were popped, in order, and their room in bytes.
-    ready: VecDeque<Chain>,
+    /// Chains that were popped, in order, all their buffers one behind the other, and their room in bytes.
+    ready: Vec<Ready>,
+    buffers: Chain,
     room: u64,
-    spare: Vec<Chain>,
     /// Chains that the driver has not been shown yet.
     unshown: u16,
-    buffers: Vec<Buffer>,
     rest: Vec<u8>,
     held: Option<Held>,
     /// Bytes that the next packet is likely to have.
@@ -131,11 +136,10 @@ impl Receiver {
             pair,
             mergeable: false,
             readable: false,
-            ready: VecDeque::new(),
+            ready: Vec::new(),
+            buffers: Chain::default(),
             room: 0,
-            spare: Vec::new(),
             unshown: 0,
-            buffers: Vec::new(),
             rest: Vec::new(),
             held: None,
             expected: 0,
@@ -201,13 +205,18 @@ impl Receiver {
             if !self.gather(queue, expected)? && self.ready.is_empty() {
                 return Ok(Step::Wait);
             }
-            let direct = self.list_buffers();
+            // As many as the kernel takes, and nearly always all.
+            let all = self.buffers.writable.as_slice();
+            let (buffers, direct) = match all.get(..MOST_BUFFERS) {
+                Some(most) => (most, most.iter().map(|b| u64::from(b.length)).sum()),
+                None => (all, self.room),
+            };
             if self.rest.is_empty() {
                 self.rest = vec![0; MOST + 1];
             }
             let mut room = Room {
                 mem: queue.memory(),
-                buffers: &self.buffers,
+                buffers,
                 rest: &mut self.rest,
             };
             let length = match path.backend.receive(self.pair, &mut room) {
@@ -271,18 +280,24 @@ impl Receiver {
     /// when it has more.
     fn gather(&mut self, queue: &mut ActiveQueue, length: u64) -> Result<bool, Bad> {
         while self.ready.is_empty() || self.room < length {
-            let mut chain = self.spare.pop().unwrap_or_default();
-            let popped = queue.pop(&mut chain);
-            if !matches!(popped, Ok(true)) {
-                self.spare.push(chain);
-                if popped? || self.ask_for_more(queue)? {
+            let before = self.buffers.writable.len();
+            if !queue.pop_more(&mut self.buffers)? {
+                if self.ask_for_more(queue)? {
                     continue;
                 }
                 return Ok(false);
             }
-            let room = chain.writable_length();
+            // A driver has nothing to say here.
+            self.buffers.readable.clear();
+            let own = self.buffers.writable.get(before..).unwrap_or_default();
+            let ready = Ready {
+                head: self.buffers.head,
+                buffers: own.len(),
+                room: own.iter().map(|buffer| u64::from(buffer.length)).sum(),
+            };
+            let room = ready.room;
             self.room += room;
-            self.ready.push_back(chain);
+            self.ready.push(ready);
             if room < HEADER as u64 {
                 return Err(Bad::Small);
             }
@@ -299,17 +314,6 @@ impl Receiver {
             queue.disable_kicks()?;
         }
         Ok(more)
-    }
-
-    /// List the buffers of the chains that are ready, as far as the kernel takes them; the bytes of those listed.
-    fn list_buffers(&mut self) -> u64 {
-        self.buffers.clear();
-        let all = self.ready.iter().flat_map(|chain| &chain.writable);
-        self.buffers.extend(all.take(MOST_BUFFERS));
-        self.buffers
-            .iter()
-            .map(|buffer| u64::from(buffer.length))
-            .sum()
     }
 
     /// Have chains ready for all of a packet; false when the driver never gives that many.
@@ -330,47 +334,40 @@ impl Receiver {
     /// Give a packet to the driver in the first chains that are ready.
     fn hand_over(&mut self, queue: &mut ActiveQueue, held: Held) -> Result<(), QueueError> {
         let Held { length, direct, .. } = held;
-        let mem = queue.memory();
-        let mut chains = 0u16;
-        let mut start = 0;
-        for chain in &self.ready {
-            let end = length.min(start + chain.writable_length());
-            let copied = direct.max(start);
-            if copied < end {
-                let part = (copied - direct) as usize..(end - direct) as usize;
-                let part = self.rest.get(part).unwrap_or_default();
-                chain.write(mem, copied - start, part)?;
-            }
-            (start, chains) = (end, chains + 1);
-            if start == length {
-                break;
-            }
-        }
-        if let Some(first) = self.ready.front() {
-            first.write(mem, NUM_BUFFERS, &chains.to_le_bytes())?;
-        }
         let mut left = length;
-        for _ in 0..chains {
-            let Some(chain) = self.ready.pop_front() else {
-                break;
-            };
-            let room = chain.writable_length();
-            let written = left.min(room);
-            queue.add_used(chain.head, written as u32)?;
-            self.room -= room;
+        let (mut chains, mut buffers) = (0, 0);
+        for ready in &self.ready {
+            let written = left.min(ready.room);
+            // It fits: no packet is longer than MOST.
+            queue.add_used(ready.head, written as u32)?;
+            self.room -= ready.room;
             left -= written;
-            self.spare.push(chain);
+            buffers += ready.buffers;
+            chains += 1;
+            if left == 0 {
+                break;
+            }
         }
-        self.unshown += chains;
+        if direct < length {
+            let rest = self.rest.get(..(length - direct) as usize);
+            self.buffers
+                .write(queue.memory(), direct, rest.unwrap_or_default())?;
+        }
+        let count = u16::try_from(chains).unwrap_or(u16::MAX);
+        self.buffers
+            .write(queue.memory(), NUM_BUFFERS, &count.to_le_bytes())?;
+        self.ready.drain(..chains);
+        self.buffers.writable.drain(..buffers);
+        self.unshown += count;
         Ok(())
     }
 
-    /// Nothing is held: the chains that are ready go back.
+    /// The chains that are ready go back.
     fn put_back(&mut self, queue: &mut ActiveQueue) {
-        for chain in self.ready.drain(..) {
+        for _ in self.ready.drain(..) {
             queue.undo_pop();
-            self.spare.push(chain);
         }
+        self.buffers.writable.clear();
         self.room = 0;
         self.unshown = 0;
     }

@@ -67,6 +67,32 @@ fn a_large_packet_takes_as_many_buffers_as_it_needs() {
 }
 
 #[test]
+fn buffers_that_were_ready_for_a_large_packet_take_the_next_one_and_come_back() {
+    let (mut rig, far) = Rig::with_pipe(&interface("eth0"), 0);
+    let given = rig.give(0, 100, 1536);
+    far.send(0, &frame(1, 65_000));
+    assert!(rig.take(0, &given)[12..] == frame(1, 65_000));
+    // Many are ready now; each of these takes one of them, in order.
+    for seed in 2..9 {
+        std::thread::sleep(Duration::from_millis(1));
+        far.send(0, &frame(seed, 100));
+        let got = rig.take(0, &given);
+        assert_eq!(got[10..12], [1, 0]);
+        assert_eq!(got[12..], frame(seed, 100));
+    }
+    let mut state = None;
+    rig.driver.registers.with_core(&mut |core| {
+        core.suspend();
+        state = core.save();
+    });
+    let queue = state.unwrap().queues[0].state;
+    assert_eq!(queue.next_available, 43 + 7);
+    rig.driver.registers.with_core(&mut |core| core.resume());
+    far.send(0, &frame(9, 20_000));
+    assert!(rig.take(0, &given)[12..] == frame(9, 20_000));
+}
+
+#[test]
 fn a_packet_waits_for_buffers_and_is_not_torn() {
     let (mut rig, far) = Rig::with_pipe(&interface("eth0"), 0);
     let sent = frame(3, 20_000);
