@@ -171,17 +171,15 @@ pub fn reports(before: &Report, after: &Report, threshold: f64) -> Result<Vec<Co
 
 /// Compares each subject of a report with the first, whose runs took turns with theirs (`--vs`).
 pub fn pairs(report: &Report, threshold: f64) -> Result<Vec<Comparison>, Error> {
-    let Some((first, others)) = report.subjects.split_first() else {
-        return Ok(Vec::new());
-    };
-    let pair = |other: &Subject| {
-        let comparison = compare_pairs(first, other, threshold)?;
-        Ok(Comparison {
+    let mut comparisons = Vec::new();
+    for other in report.subjects.iter().skip(1) {
+        let comparison = compare_pairs(&report.subjects[0], other, threshold)?;
+        comparisons.push(Comparison {
             clock: report.clock,
             ..comparison
-        })
-    };
-    others.iter().map(pair).collect()
+        });
+    }
+    Ok(comparisons)
 }
 
 /// Compares two subjects that were measured one after the other, by the same clock. Subjects do not know which; the comparison

@@ -3,7 +3,7 @@
 use crate::{Error, Report, SCHEMA, VERSION};
 use serde_json::Value;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::Path;
 
 /// Far more than a long measurement of many subjects.
@@ -18,14 +18,10 @@ impl Report {
             path: path.into(),
             source,
         };
-        let mut text = String::new();
-        let file = File::open(path).map_err(fault)?;
-        file.take(MAX_BYTES + 1)
-            .read_to_string(&mut text)
-            .map_err(fault)?;
-        if text.len() as u64 > MAX_BYTES {
+        if fs::metadata(path).map_err(fault)?.len() > MAX_BYTES {
             return Err(Error::TooLarge { path: path.into() });
         }
+        let text = fs::read_to_string(path).map_err(fault)?;
         Self::parse(path, &text)
     }
 

@@ -252,7 +252,7 @@ impl Run {
 }
 
 /// When each of `runs` reached `phase`; of those that did not, nothing.
-pub(crate) fn times<'a>(runs: &mut dyn Iterator<Item = &'a Run>, phase: Phase) -> Vec<u64> {
+pub(crate) fn times(runs: &mut dyn Iterator<Item = &Run>, phase: Phase) -> Vec<u64> {
     let mut times = Vec::new();
     runs.for_each(|run| times.extend(run.phases.get(&phase)));
     times
