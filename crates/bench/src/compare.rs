@@ -18,7 +18,6 @@
 
 use crate::stats::{self, Contrast, Level};
 use crate::{Clock, Error, Initcall, Phase, Report, Run, Subject, model};
-use std::collections::BTreeMap;
 
 /// Two subjects against each other.
 #[derive(Debug, Clone, PartialEq)]
@@ -172,17 +171,15 @@ pub fn reports(before: &Report, after: &Report, threshold: f64) -> Result<Vec<Co
 
 /// Compares each subject of a report with the first, whose runs took turns with theirs (`--vs`).
 pub fn pairs(report: &Report, threshold: f64) -> Result<Vec<Comparison>, Error> {
-    let Some((first, others)) = report.subjects.split_first() else {
-        return Ok(Vec::new());
-    };
-    let pair = |other: &Subject| {
-        let comparison = compare_pairs(first, other, threshold)?;
-        Ok(Comparison {
+    let mut comparisons = Vec::new();
+    for other in report.subjects.iter().skip(1) {
+        let comparison = compare_pairs(&report.subjects[0], other, threshold)?;
+        comparisons.push(Comparison {
             clock: report.clock,
             ..comparison
-        })
-    };
-    others.iter().map(pair).collect()
+        });
+    }
+    Ok(comparisons)
 }
 
 /// Compares two subjects that were measured one after the other, by the same clock. Subjects do not know which; the comparison
@@ -224,11 +221,7 @@ fn both(
     let contrast =
         |first: &[u64], second: &[u64], level| stats::contrast(first, second, paired, level);
     let total = |&to: &Phase| {
-        let at = |runs: &[&Run]| -> Vec<u64> {
-            runs.iter()
-                .filter_map(|run| run.phases.get(&to).copied())
-                .collect()
-        };
+        let at = |runs: &[&Run]| model::times(&mut runs.iter().copied(), to);
         let contrast = contrast(&at(&first), &at(&second), Level::P95);
         Change {
             from: None,
@@ -257,17 +250,13 @@ fn both(
         }
     };
     let steps: Vec<Change> = common.iter().enumerate().map(step).collect();
-    let mut moved: Vec<Change> = steps
-        .iter()
-        .filter(|step| step.verdict != Verdict::Same)
-        .copied()
-        .collect();
-    moved.sort_by(|a, b| {
-        b.contrast
-            .delta()
-            .abs()
-            .total_cmp(&a.contrast.delta().abs())
-    });
+    let order = stats::descending(
+        &mut steps
+            .iter()
+            .map(|step| stats::rank(step.contrast.delta().abs())),
+    );
+    let moved = order.into_iter().map(|index| steps[index as usize]);
+    let moved = moved.filter(|step| step.verdict != Verdict::Same).collect();
     Ok(Comparison {
         before: before.name.clone(),
         after: after.name.clone(),
@@ -329,31 +318,44 @@ fn moved(contrast: &Contrast, whole: f64) -> Verdict {
     }
 }
 
-/// Those that differ by a tenth and by 50 µs, if both have any.
+/// Those that differ by a tenth and by 50 µs, if both have any, among the slowest of each.
 fn initcalls(before: &[Initcall], after: &[Initcall]) -> Vec<InitcallChange> {
+    const SLOWEST: usize = 300;
     if before.is_empty() || after.is_empty() {
         return Vec::new();
     }
-    let mut all: BTreeMap<&str, (Option<u64>, Option<u64>)> = BTreeMap::new();
-    let add = |side: &mut Option<u64>, us: u64| *side = Some(side.unwrap_or(0).saturating_add(us));
-    for call in before {
-        add(&mut all.entry(&call.name).or_default().0, call.us);
+    let mut all: Vec<InitcallChange> = Vec::new();
+    for call in before
+        .iter()
+        .take(SLOWEST)
+        .chain(after.iter().take(SLOWEST))
+    {
+        if all.iter().any(|known| known.name == call.name) {
+            continue;
+        }
+        // In full, so that one just among the slowest has its counterpart.
+        let sum = |calls: &[Initcall]| {
+            let same = calls.iter().filter(|other| other.name == call.name);
+            same.fold(None, |sum: Option<u64>, call| {
+                Some(sum.unwrap_or(0).saturating_add(call.us))
+            })
+        };
+        all.push(InitcallChange {
+            name: call.name.clone(),
+            before: sum(before),
+            after: sum(after),
+        });
     }
-    for call in after {
-        add(&mut all.entry(&call.name).or_default().1, call.us);
-    }
-    let change = |(name, (before, after)): (&str, _)| InitcallChange {
-        name: name.into(),
-        before,
-        after,
-    };
     let large = |change: &InitcallChange| {
         let delta = change.delta().unsigned_abs();
         delta >= 50 && delta >= change.before.unwrap_or(0) / 10
     };
-    let mut changes: Vec<InitcallChange> = all.into_iter().map(change).filter(large).collect();
-    changes.sort_by_key(|change| std::cmp::Reverse(change.delta().unsigned_abs()));
-    changes
+    all.retain(large);
+    let order = stats::descending(&mut all.iter().map(|change| change.delta().unsigned_abs()));
+    order
+        .into_iter()
+        .map(|index| all[index as usize].clone())
+        .collect()
 }
 
 #[cfg(test)]

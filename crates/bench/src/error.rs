@@ -13,18 +13,26 @@ pub enum Error {
         source: std::io::Error,
     },
     /// More than anybody measures.
-    #[error("the report {} is larger than 64 MiB or has more than 10000 runs; is it the right file?", path.display())]
+    #[error("the report {} is larger than 16 MiB or has more than 10000 runs; is it the right file?", path.display())]
     TooLarge {
         /// The file.
         path: PathBuf,
     },
-    /// Not JSON, cut short, or a field is missing or of the wrong kind.
+    /// Not JSON, or cut short.
     #[error("the report {} is damaged", path.display())]
     Json {
         /// The file.
         path: PathBuf,
         /// Where and why.
         source: serde_json::Error,
+    },
+    /// A field is not as `docs/bench-boot.schema.json` has it.
+    #[error("the report {} is damaged: {field} is missing or not what it should be", path.display())]
+    Field {
+        /// The file.
+        path: PathBuf,
+        /// The field's name.
+        field: &'static str,
     },
     /// JSON of something else.
     #[error("{} is no report of husk bench boot", path.display())]
@@ -38,7 +46,7 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// Its version.
-        version: u32,
+        version: u64,
     },
     /// create, write or rename.
     #[error("cannot write {}", path.display())]

@@ -1,22 +1,15 @@
 //! Reports as files.
 
 use crate::{Error, Report, SCHEMA, VERSION};
-use serde::Deserialize;
+use serde_json::Value;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::Path;
 
 /// Far more than a long measurement of many subjects.
-const MAX_BYTES: u64 = 64 << 20;
+const MAX_BYTES: u64 = 16 << 20;
 /// The time that statistics take grows with it.
 const MAX_RUNS: usize = 10_000;
-
-/// What tells whether the rest can be understood.
-#[derive(Deserialize)]
-struct Header {
-    schema: Option<String>,
-    version: Option<u32>,
-}
 
 impl Report {
     /// Reads a report.
@@ -25,44 +18,42 @@ impl Report {
             path: path.into(),
             source,
         };
-        let mut text = String::new();
-        let file = File::open(path).map_err(fault)?;
-        file.take(MAX_BYTES + 1)
-            .read_to_string(&mut text)
-            .map_err(fault)?;
-        if text.len() as u64 > MAX_BYTES {
+        if fs::metadata(path).map_err(fault)?.len() > MAX_BYTES {
             return Err(Error::TooLarge { path: path.into() });
         }
+        let text = fs::read_to_string(path).map_err(fault)?;
         Self::parse(path, &text)
     }
 
     fn parse(path: &Path, text: &str) -> Result<Self, Error> {
-        let json = |source: serde_json::Error| Error::Json {
-            path: path.into(),
+        let path = || path.to_path_buf();
+        let value: Value = serde_json::from_str(text).map_err(|source| Error::Json {
+            path: path(),
             source,
-        };
-        let foreign = || Error::Foreign { path: path.into() };
-        let header: Header = serde_json::from_str(text).map_err(|e| match e.is_data() {
-            true => foreign(),
-            false => json(e),
         })?;
-        match (header.schema.as_deref(), header.version) {
-            (Some(SCHEMA), Some(VERSION)) => {}
-            (Some(SCHEMA), Some(version)) => {
+        if value.get("schema").and_then(Value::as_str) != Some(SCHEMA) {
+            return Err(Error::Foreign { path: path() });
+        }
+        match value.get("version").and_then(Value::as_u64) {
+            Some(version) if version == u64::from(VERSION) => {}
+            Some(version) => {
                 return Err(Error::Version {
-                    path: path.into(),
+                    path: path(),
                     version,
                 });
             }
-            _ => return Err(foreign()),
+            None => return Err(Error::Foreign { path: path() }),
         }
-        let report: Self = serde_json::from_str(text).map_err(json)?;
+        let report = read::report(&value).map_err(|field| Error::Field {
+            path: path(),
+            field,
+        })?;
         if report
             .subjects
             .iter()
             .any(|subject| subject.runs.len() > MAX_RUNS)
         {
-            return Err(Error::TooLarge { path: path.into() });
+            return Err(Error::TooLarge { path: path() });
         }
         Ok(report)
     }
@@ -117,5 +108,6 @@ fn replace(place: &Path, text: &str) -> io::Result<()> {
     done
 }
 
+mod read;
 #[cfg(test)]
 mod tests;

@@ -3,7 +3,7 @@
 //! Older kernels count in units of 1024 ns and call them usecs, too; the oldest say `msecs` and mean it. A printk time, a caller
 //! (`[    T1]`) and a syslog level may go before. The text is a guest's: lines that are not of this shape are passed over.
 
-use crate::Initcall;
+use crate::{Initcall, stats};
 
 /// What a kernel with everything built in has, several times over.
 const MAX: usize = 20_000;
@@ -15,8 +15,9 @@ pub fn parse(console: &str) -> Vec<Initcall> {
     // A console may end its lines with CR LF or LF CR, or have a CR within.
     let lines = console.split(['\n', '\r']);
     let mut calls: Vec<Initcall> = lines.filter_map(line).take(MAX).collect();
-    calls.sort_by_key(|call| std::cmp::Reverse(call.us));
-    calls
+    let order = stats::descending(&mut calls.iter().map(|call| call.us));
+    let slower = |index: u32| std::mem::take(&mut calls[index as usize]);
+    order.into_iter().map(slower).collect()
 }
 
 fn line(line: &str) -> Option<Initcall> {

@@ -25,6 +25,7 @@ pub mod initcalls;
 mod model;
 mod show;
 pub mod stats;
+mod tables;
 pub mod text;
 
 pub use error::Error;

@@ -1,4 +1,4 @@
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 
@@ -11,7 +11,7 @@ pub const SCHEMA: &str = "husk.bench.boot";
 pub const VERSION: u32 = 1;
 
 /// What `--json` writes and `--baseline` reads, described by `docs/bench-boot.schema.json`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
     /// Always [`SCHEMA`]; checked when a file is read.
     pub schema: String,
@@ -26,12 +26,11 @@ pub struct Report {
     /// What was measured. Each has a name of its own.
     pub subjects: Vec<Subject>,
     /// The user ended it early: there are fewer runs than were asked for.
-    #[serde(default)]
     pub interrupted: bool,
 }
 
 /// What the times are times of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Clock {
     /// The host's.
@@ -41,7 +40,7 @@ pub enum Clock {
 }
 
 /// The host of a measurement.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct HostInfo {
     /// The processor's model.
     pub cpu: String,
@@ -54,7 +53,7 @@ pub struct HostInfo {
 }
 
 /// One command that was run again and again.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Subject {
     /// By this it is found in a baseline.
     pub name: String,
@@ -63,35 +62,34 @@ pub struct Subject {
     /// The measured runs in their order, without those that warmed up.
     pub runs: Vec<Run>,
     /// From a run of its own, so that counting disturbs no time.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub counts: Option<Counts>,
     /// From a run of its own, the slowest first; empty where the kernel told of none.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub initcalls: Vec<Initcall>,
 }
 
 /// One measured run.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Run {
     /// Nanoseconds from spawn to each phase that was seen.
     pub phases: BTreeMap<Phase, u64>,
     /// Why it does not count. It keeps the phases that it reached.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub failed: Option<Failed>,
 }
 
 /// Why a run failed.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Failed {
     /// In a few words.
     pub reason: String,
     /// The last lines of its console.
-    #[serde(default)]
     pub console: Vec<String>,
 }
 
 /// Points of a start that a run can be seen to pass, in their order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// The monitor's `main`.
@@ -128,6 +126,21 @@ impl Phase {
         Self::Exit,
     ];
 
+    /// As in the file.
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::Exec => "exec",
+            Self::VmReady => "vm_ready",
+            Self::KernelLoaded => "kernel_loaded",
+            Self::VcpuEntered => "vcpu_entered",
+            Self::FirstExit => "first_exit",
+            Self::FirstConsoleByte => "first_console_byte",
+            Self::HandsOver => "hands_over",
+            Self::Mark => "mark",
+            Self::Exit => "exit",
+        }
+    }
+
     /// As a person reads it.
     pub fn label(self) -> &'static str {
         match self {
@@ -145,14 +158,14 @@ impl Phase {
 }
 
 /// What one start costs beside time.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Counts {
     /// In the order of the phases.
     pub by_phase: Vec<PhaseCounts>,
 }
 
 /// What happened from the phase before to this one.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PhaseCounts {
     /// The phase that ends here.
     pub phase: Phase,
@@ -165,7 +178,7 @@ pub struct PhaseCounts {
 }
 
 /// What a kernel told of one of its initialisation functions under `initcall_debug`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Initcall {
     /// The function, with its module in brackets where it has one.
     pub name: String,
@@ -236,4 +249,11 @@ impl Run {
         };
         phases.iter().map(step).collect()
     }
+}
+
+/// When each of `runs` reached `phase`; of those that did not, nothing.
+pub(crate) fn times(runs: &mut dyn Iterator<Item = &Run>, phase: Phase) -> Vec<u64> {
+    let mut times = Vec::new();
+    runs.for_each(|run| times.extend(run.phases.get(&phase)));
+    times
 }

@@ -1,6 +1,7 @@
 //! Numbers and foreign text as a person reads them, in a terminal and in HTML alike.
 
-use crate::{Clock, Phase};
+use crate::stats::Interval;
+use crate::{Clock, Phase, Report};
 
 impl Clock {
     /// As in the file.
@@ -8,6 +9,16 @@ impl Clock {
         match self {
             Self::Real => "real",
             Self::Virtual => "virtual",
+        }
+    }
+
+    /// A line for who may not know; of the real clock none.
+    pub(crate) fn note(self) -> &'static str {
+        match self {
+            Self::Real => "",
+            Self::Virtual => {
+                "The clock is virtual: it counts instructions, and a million are a virtual ms.\n"
+            }
         }
     }
 
@@ -20,27 +31,39 @@ impl Clock {
     }
 }
 
+impl Report {
+    /// A line for who takes it for whole; of one that is whole none.
+    pub(crate) fn note(&self) -> &'static str {
+        match self.interrupted {
+            true => "Interrupted: there are fewer runs than were asked for.\n",
+            false => "",
+        }
+    }
+}
+
 /// Nanoseconds in milliseconds, without the unit.
 pub(crate) fn ms(ns: f64) -> String {
     let ms = ns / 1e6;
-    match ms.abs() {
-        to if !to.is_finite() => "∞".into(),
-        to if to < 9.9995 => format!("{ms:.3}"),
-        to if to < 99.995 => format!("{ms:.2}"),
-        _ => format!("{ms:.1}"),
-    }
+    let decimals = match ms.abs() {
+        to if !to.is_finite() => return "∞".into(),
+        to if to < 9.9995 => 3,
+        to if to < 99.995 => 2,
+        _ => 1,
+    };
+    format!("{ms:.decimals$}")
 }
 
 /// A ratio as a change: `+3.1 %`.
 pub(crate) fn percent(ratio: f64) -> String {
     let change = (ratio - 1.0) * 100.0;
-    match change.abs() {
-        to if !to.is_finite() => "∞".into(),
+    let decimals = match change.abs() {
+        to if !to.is_finite() => return "∞".into(),
         // The virtual clock resolves what this shows.
-        to if to > 0.0 && to < 0.0995 => format!("{change:+.3} %"),
-        to if to >= 99.5 => format!("{change:+.0} %"),
-        _ => format!("{change:+.1} %"),
-    }
+        to if to > 0.0 && to < 0.0995 => 3,
+        to if to < 99.5 => 1,
+        _ => 0,
+    };
+    format!("{change:+.decimals$} %")
 }
 
 /// A threshold: `5 %`, `0.5 %`.
@@ -84,4 +107,17 @@ pub(crate) fn plain(text: &str) -> String {
         plain.push('…');
     }
     plain
+}
+
+/// A difference in nanoseconds with its sign.
+pub(crate) fn signed(ns: f64) -> String {
+    format!("{}{}", if ns > 0.0 { "+" } else { "" }, ms(ns))
+}
+
+/// Both ends; `unknown` where there is no telling.
+pub(crate) fn range(interval: Interval, show: fn(f64) -> String) -> String {
+    match interval.high.is_finite() {
+        true => format!("{} … {}", show(interval.low), show(interval.high)),
+        false => "unknown".into(),
+    }
 }

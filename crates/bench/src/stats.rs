@@ -105,9 +105,29 @@ pub fn quantile(sorted: &[u64], q: f64) -> f64 {
 
 /// The median of values in any order. NaN of none.
 pub fn median(values: &[u64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_unstable();
-    quantile(&sorted, 0.5)
+    quantile(&Sample::new(values).sorted, 0.5)
+}
+
+/// The order of values from the smallest, by their indices; equal ones keep theirs.
+///
+/// All sorting here is of this one kind of list: each other would cost a program that has to be small its own kilobytes.
+pub(crate) fn ascending(values: &mut dyn Iterator<Item = u64>) -> Vec<u32> {
+    let mut order: Vec<(u64, u32)> = Vec::new();
+    values.for_each(|value| order.push((value, order.len() as u32)));
+    order.sort_unstable();
+    order.into_iter().map(|(_, index)| index).collect()
+}
+
+/// The same from the largest.
+pub(crate) fn descending(values: &mut dyn Iterator<Item = u64>) -> Vec<u32> {
+    ascending(&mut values.map(|value| !value))
+}
+
+/// A number that is the larger the larger the value is; of values that are no NaN.
+pub(crate) fn rank(value: f64) -> u64 {
+    // Without the -0 of a negative zero.
+    let bits = (value + 0.0).to_bits();
+    if value < 0.0 { !bits } else { bits | 1 << 63 }
 }
 
 /// All there is to say of one sample; None of no values.
@@ -128,8 +148,8 @@ pub fn summarize(values: &[u64]) -> Option<Summary> {
         return Some(summary);
     }
     let mut rng = Rng::with_seed(SEED);
-    let mut medians: Vec<f64> = (0..RESAMPLES).map(|_| sample.draw(&mut rng)).collect();
-    let interval = middle(&mut medians, Level::P95, values.len());
+    let medians: Vec<f64> = (0..RESAMPLES).map(|_| sample.draw(&mut rng)).collect();
+    let interval = middle(&medians, Level::P95, values.len());
     Some(Summary {
         interval,
         ..summary
@@ -182,8 +202,8 @@ pub fn contrast(before: &[u64], after: &[u64], paired: bool, level: Level) -> Co
         ratios.push(ratio(a, b));
         deltas.push(b - a);
     }
-    contrast.ratio_interval = middle(&mut ratios, level, runs);
-    contrast.delta_interval = middle(&mut deltas, level, runs);
+    contrast.ratio_interval = middle(&ratios, level, runs);
+    contrast.delta_interval = middle(&deltas, level, runs);
     contrast
 }
 
@@ -196,8 +216,8 @@ fn ratio(before: f64, after: f64) -> f64 {
 /// A draw of n varies less than n runs do, by a factor of (n-1)/n, and a normal tail is thinner than Student's. Both make the
 /// plain percentiles too narrow. T. Hesterberg's expansion (What teachers should know about the bootstrap, 2015, 4.3) leaves
 /// less outside; (n-5)/(n+3) of it is within an eighth of his figures from n = 6 on.
-fn middle(values: &mut [f64], level: Level, runs: usize) -> Interval {
-    values.sort_unstable_by(f64::total_cmp);
+fn middle(values: &[f64], level: Level, runs: usize) -> Interval {
+    let order = ascending(&mut values.iter().map(|value| rank(*value)));
     let share = (runs - 5) as f64 / (runs + 3) as f64;
     let outside = match level {
         Level::P95 => 0.025 * share,
@@ -205,8 +225,8 @@ fn middle(values: &mut [f64], level: Level, runs: usize) -> Interval {
     };
     let outside = (outside * RESAMPLES as f64) as usize;
     Interval {
-        low: values[outside],
-        high: values[values.len() - 1 - outside],
+        low: values[order[outside] as usize],
+        high: values[order[values.len() - 1 - outside] as usize],
     }
 }
 
@@ -238,14 +258,13 @@ struct Sample {
 
 impl Sample {
     fn new(values: &[u64]) -> Self {
-        let mut order: Vec<(u64, u32)> = values.iter().copied().zip(0..).collect();
-        order.sort_unstable();
+        let order = ascending(&mut values.iter().copied());
         let mut rank = vec![0; values.len()];
-        for (at, &(_, run)) in order.iter().enumerate() {
+        for (at, &run) in order.iter().enumerate() {
             rank[run as usize] = at as u32;
         }
         Self {
-            sorted: order.iter().map(|&(value, _)| value).collect(),
+            sorted: order.iter().map(|&run| values[run as usize]).collect(),
             rank,
             drawn: vec![0; values.len()],
             runs: vec![0; values.len()],

@@ -1,11 +1,11 @@
 //! Drawings. Positions along the width are percentages, so that a drawing fits a phone without its text shrinking.
 
-use super::{esc, phase_key};
+use super::Page;
+use crate::Clock;
 use crate::compare::Comparison;
 use crate::show::{ms, percent, threshold};
 use crate::stats::Summary;
-use crate::{Clock, Phase};
-use std::fmt::Write;
+use crate::tables::Series;
 
 /// More dots than this tell the eye nothing more.
 const DOTS: usize = 400;
@@ -15,6 +15,11 @@ const DOTS: usize = 400;
 pub(super) struct Scale {
     low: f64,
     high: f64,
+}
+
+/// A percentage of the width.
+pub(super) fn place(percent: f64) -> String {
+    format!("{percent:.2}%")
 }
 
 impl Scale {
@@ -61,134 +66,159 @@ impl Scale {
     }
 
     /// Lines for the ticks, to lie under a drawing.
-    fn grid(self, out: &mut String, height: u32) {
+    fn grid(self, page: &mut Page) {
         for tick in self.ticks().0 {
-            line(out, "grid", self.at(tick), 0, height);
+            line(page, "grid", self.at(tick), "0", "100%");
         }
     }
 
     /// The numbers below, in milliseconds.
-    pub(super) fn axis(self, out: &mut String) {
-        out.push_str("<svg height=\"18\" aria-hidden=\"true\">");
+    pub(super) fn axis(self, page: &mut Page) {
+        page.put(&["<svg height=18 aria-hidden=true>"]);
         let (ticks, decimals) = self.ticks();
         for tick in ticks {
             label(
-                out,
+                page,
                 self.at(tick),
-                13,
+                "13",
                 &format!("{:.decimals$}", tick / 1e6),
             );
         }
-        out.push_str("</svg>");
+        page.put(&["</svg>"]);
     }
 }
 
-fn line(out: &mut String, class: &str, x: f64, from: u32, to: u32) {
-    let _ = write!(
-        out,
-        "<line class=\"{class}\" x1=\"{x:.2}%\" x2=\"{x:.2}%\" y1=\"{from}\" y2=\"{to}\"/>"
-    );
+fn line(page: &mut Page, class: &str, x: f64, from: &str, to: &str) {
+    let x = place(x);
+    page.put(&[
+        "<line class=",
+        class,
+        " x1=",
+        &x,
+        " x2=",
+        &x,
+        " y1=",
+        from,
+        " y2=",
+        to,
+        "></line>",
+    ]);
 }
 
-fn label(out: &mut String, x: f64, y: u32, text: &str) {
+fn label(page: &mut Page, x: f64, y: &str, text: &str) {
     let anchor = match x {
         x if x < 8.0 => "start",
         x if x > 92.0 => "end",
         _ => "middle",
     };
-    let _ = write!(
-        out,
-        "<text x=\"{x:.2}%\" y=\"{y}\" text-anchor=\"{anchor}\">{}</text>",
-        text
-    );
+    page.put(&[
+        "<text x=",
+        &place(x),
+        " y=",
+        y,
+        " text-anchor=",
+        anchor,
+        ">",
+        text,
+        "</text>",
+    ]);
+}
+
+/// A rectangle, closed, with what it shows as a tip.
+fn rect(page: &mut Page, [from, to]: [f64; 2], attributes: &str, tip: &str) {
+    page.put(&[
+        "<rect x=",
+        &place(from),
+        " width=",
+        &place(to - from),
+        " ",
+        attributes,
+        ">",
+    ]);
+    page.element("title", tip);
+    page.put(&["</rect>"]);
 }
 
 /// Opens a drawing that a screen reader tells of by `alt`.
-fn open(out: &mut String, height: u32, alt: &str) {
-    let _ = write!(out, "<svg height=\"{height}\" role=\"img\" aria-label=\"");
-    esc(out, alt);
-    out.push_str("\">");
+fn open(page: &mut Page, height: &str, alt: &str) {
+    page.put(&["<svg role=img height=", height, " aria-label=\""]);
+    page.esc(alt);
+    page.put(&["\">"]);
 }
 
 /// Each run a dot, the first at the top; the median and its interval.
-pub(super) fn strip(out: &mut String, scale: Scale, times: &[u64], all: &Summary, clock: Clock) {
-    const HEIGHT: u32 = 72;
+pub(super) fn strip(page: &mut Page, scale: Scale, times: &[u64], all: &Summary, clock: Clock) {
     let unit = clock.unit();
+    let (min, max, median) = (ms(all.min), ms(all.max), ms(all.median));
     let alt = format!(
-        "{} runs from {} to {} {unit}, median {} {unit}",
-        all.runs,
-        ms(all.min),
-        ms(all.max),
-        ms(all.median)
+        "{} runs from {min} to {max} {unit}, median {median} {unit}",
+        all.runs
     );
-    open(out, HEIGHT, &alt);
-    scale.grid(out, HEIGHT);
+    open(page, "72", &alt);
+    scale.grid(page);
     if all.interval.high.is_finite() {
-        let (low, high) = (scale.at(all.interval.low), scale.at(all.interval.high));
-        let _ = write!(
-            out,
-            "<rect class=\"band\" x=\"{low:.2}%\" width=\"{:.2}%\" height=\"{HEIGHT}\"/>",
-            high - low
-        );
+        let ends = [all.interval.low, all.interval.high].map(|end| scale.at(end));
+        rect(page, ends, "class=band height=100%", "");
     }
-    out.push_str("<g class=\"dots\">");
+    page.put(&["<g class=dots>"]);
     let every = times.len().div_ceil(DOTS).max(1);
-    let room = f64::from(HEIGHT - 12) / (times.len().max(2) - 1) as f64;
+    let room = 60.0 / (times.len().max(2) - 1) as f64;
     for (run, &time) in times.iter().enumerate().step_by(every) {
-        let y = 6.0 + run as f64 * room;
+        let y = format!("{:.1}", 6.0 + run as f64 * room);
         let time = time as f64;
-        let x = scale.at(time);
         if time > scale.high {
-            // An arrowhead: it lies beyond the edge.
-            let _ = write!(
-                out,
-                "<svg x=\"100%\" y=\"{y:.1}\"><path d=\"M0 0l-8-5v10z\"><title>{} {unit}</title></path></svg>",
-                ms(time)
-            );
+            page.put(&["<svg x=100% y=", &y, "><path d=\"M0 0l-8-5v10z\">"]);
+            page.element("title", &format!("{} {unit}", ms(time)));
+            page.put(&["</path></svg>"]);
         } else {
-            let _ = write!(out, "<circle cx=\"{x:.2}%\" cy=\"{y:.1}\" r=\"3.5\"/>");
+            page.put(&[
+                "<circle cx=",
+                &place(scale.at(time)),
+                " cy=",
+                &y,
+                " r=3.5></circle>",
+            ]);
         }
     }
-    out.push_str("</g>");
-    line(out, "median", scale.at(all.median), 0, HEIGHT);
-    out.push_str("</svg>");
+    page.put(&["</g>"]);
+    line(page, "median", scale.at(all.median), "0", "100%");
+    page.put(&["</svg>"]);
 }
 
 /// The phases' durations one after the other.
-pub(super) fn stack(out: &mut String, scale: Scale, steps: &[(Phase, f64)], clock: Clock) {
-    const HEIGHT: u32 = 30;
-    let unit = clock.unit();
-    let mut alt = String::new();
-    for (phase, step) in steps {
-        let _ = write!(alt, "{} {} {unit}, ", phase.label(), ms(*step));
-    }
-    open(out, HEIGHT, alt.trim_end_matches(", "));
-    scale.grid(out, HEIGHT);
+pub(super) fn stack(page: &mut Page, scale: Scale, one: &Series) {
+    let tips: Vec<String> = one
+        .points
+        .iter()
+        .map(|point| format!("{} {}", point.phase.label(), ms(point.step)))
+        .collect();
+    open(
+        page,
+        "30",
+        &format!("{} in {}", tips.join(", "), one.clock.unit()),
+    );
+    scale.grid(page);
     let mut from = 0.0;
-    for &(phase, step) in steps {
-        let (x, to) = (scale.at(from), scale.at(from + step));
-        let _ = write!(
-            out,
-            "<rect x=\"{x:.3}%\" y=\"2\" width=\"{:.3}%\" height=\"26\" style=\"fill:var(--{})\"><title>{} {} {unit}</title></rect>",
-            to - x,
-            phase_key(phase),
-            phase.label(),
-            ms(step)
-        );
+    for (point, tip) in one.points.iter().zip(&tips) {
+        let ends = [from, from + point.step].map(|end| scale.at(end));
+        let attributes = [
+            "y=2 height=26 style=\"fill:var(--",
+            point.phase.key(),
+            ")\"",
+        ]
+        .concat();
+        rect(page, ends, &attributes, tip);
         // The background between two, so that they part without their colours.
         if from > 0.0 {
-            let _ = write!(
-                out,
-                "<rect x=\"{x:.3}%\" y=\"2\" width=\"1\" height=\"26\" style=\"fill:var(--bg)\"/>"
-            );
+            line(page, "gap", ends[0], "2", "28");
         }
-        from += step;
+        from += point.step;
     }
-    out.push_str("</svg>");
+    page.put(&["</svg>"]);
 }
 
 /// The ratio and its interval beside no change and the threshold.
-pub(super) fn interval(out: &mut String, comparison: &Comparison) {
+pub(super) fn interval(page: &mut Page, comparison: &Comparison) {
     let contrast = &comparison.headline.contrast;
     let (ratio, ends) = (contrast.ratio, contrast.ratio_interval);
     let limit = 1.0 + comparison.threshold;
@@ -196,31 +226,29 @@ pub(super) fn interval(out: &mut String, comparison: &Comparison) {
         return;
     }
     let scale = Scale::around(ends.low.min(1.0), ends.high.max(limit), 1e-9);
-    let alt = format!(
-        "The ratio changed by {}, between {} and {} at 95 %; the threshold is {}",
-        percent(ratio),
-        percent(ends.low),
-        percent(ends.high),
-        threshold(comparison.threshold)
+    let allowed = format!("limit +{}", threshold(comparison.threshold));
+    let (change, low, high) = (percent(ratio), percent(ends.low), percent(ends.high));
+    open(
+        page,
+        "62",
+        &format!("a change of {change}, from {low} to {high}, {allowed}"),
     );
-    open(out, 62, &alt);
-    let (one, at_limit) = (scale.at(1.0), scale.at(limit));
-    line(out, "one", one, 18, 46);
-    label(out, one, 60, "no change");
+    line(page, "one", scale.at(1.0), "18", "46");
+    label(page, scale.at(1.0), "60", "no change");
     if comparison.threshold > 0.0 {
-        line(out, "limit", at_limit, 18, 46);
+        line(page, "limit", scale.at(limit), "18", "46");
         // Above, because both may be close together.
-        label(
-            out,
-            at_limit,
-            12,
-            &format!("limit +{}", threshold(comparison.threshold)),
-        );
+        label(page, scale.at(limit), "12", &allowed);
     }
-    let (low, at, high) = (scale.at(ends.low), scale.at(ratio), scale.at(ends.high));
-    let _ = write!(
-        out,
-        "<rect class=\"ci\" x=\"{low:.2}%\" y=\"29\" width=\"{:.2}%\" height=\"6\" rx=\"3\" fill-opacity=\".45\"/><circle class=\"ci\" cx=\"{at:.2}%\" cy=\"32\" r=\"6\"/></svg>",
-        high - low
+    rect(
+        page,
+        [ends.low, ends.high].map(|end| scale.at(end)),
+        "class=ci y=29 height=6 rx=3 fill-opacity=.45",
+        "",
     );
+    page.put(&[
+        "<circle class=ci cx=",
+        &place(scale.at(ratio)),
+        " cy=32 r=6></circle></svg>",
+    ]);
 }
