@@ -84,7 +84,7 @@ pub fn watch(
         is_foreign: program.husk.is_none(),
         child,
     };
-    let ending = watched.to_its_end(marks, timeout, interrupted)?;
+    let ending = watched.until_its_end(marks, timeout, interrupted)?;
     let status = watched.child.wait().map_err(Error::Watch)?;
     let end = now();
     if ending == Ending::Interrupted {
@@ -162,7 +162,7 @@ struct Watched {
 
 impl Watched {
     /// Until the process has closed its streams. It is told to end when its time is over.
-    fn to_its_end(
+    fn until_its_end(
         &mut self,
         marks: &Marks,
         timeout: Duration,
