@@ -299,7 +299,7 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Logging")]
     pub timeline: bool,
 
-    /// At the end, write the timeline to this file, in JSON (docs/bench-boot.md)
+    /// At the end, write the timeline to this file, in JSON (docs/machine.md)
     #[arg(long, value_name = "PATH", help_heading = "Logging")]
     pub timeline_file: Option<PathBuf>,
 

@@ -144,7 +144,7 @@ pub struct Session {
 
 impl Session {
     /// Until the VM has ended and everything is printed and closed. The exit status.
-    pub fn go(options: Options, first: First) -> Result<u8, Failure> {
+    pub fn go(mut options: Options, first: First) -> Result<u8, Failure> {
         logging::set_instance(&options.identity.id);
         husk_vmm::share_heap();
         if let First::Boot(_) = first {
@@ -167,7 +167,6 @@ impl Session {
         };
         let timeline = Arc::new(Timeline::counting(options.start, counting));
         let (print_timeline, print_exits) = (options.print_timeline, options.print_exits);
-        let mut options = options;
         let timeline_file = options.timeline_file.take();
         let (mut session, ears, api) = Self::new(options, &timeline)?;
         let result = session.run(first, ears);

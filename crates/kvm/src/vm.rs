@@ -24,7 +24,7 @@ impl Vm {
     }
 
     /// Create the in-kernel interrupt controllers (two 8259s, an I/O APIC, a local APIC for each vCPU to come) and the
-    /// PIT. Before the first vCPU. Sleeps in a grace period: call it beside other work.
+    /// PIT. Before the first vCPU, and after memory: see [`Vm::set_memory_slot`].
     ///
     /// `tss` is where KVM puts three pages for itself on Intel hosts without unrestricted guests.
     pub fn create_interrupt_controllers(&self, tss: u64) -> Result<(), Error> {
@@ -68,7 +68,8 @@ impl Vm {
     }
 
     /// Back `size` bytes of guest-physical memory at `address` with host memory at `host`. With `track_dirty_pages` KVM notes
-    /// which pages of it the guest writes. Sleeps in a grace period.
+    /// which pages of it the guest writes. Sleeps in a grace period of the host's kernel, a long one if ports or addresses were
+    /// registered just before (Linux 6.18).
     ///
     /// # Safety
     /// `host..host + size` must be a mapping that stays there, and is used for nothing but this guest's memory, until

@@ -188,4 +188,17 @@ mod tests {
         assert!(!lifecycle.has_ended());
         assert_eq!(wakes.load(Ordering::SeqCst), 1);
     }
+
+    #[test]
+    fn a_mark_ends_only_who_is_to_end_there_and_only_when_init_is_done() {
+        let (stays, _) = lifecycle();
+        stays.event(GuestEvent::Mark(1));
+        assert!(!stays.has_ended());
+        let (lifecycle, _) = lifecycle();
+        let ends = lifecycle.ending_at_mark(true);
+        ends.event(GuestEvent::Mark(MARK_HANDED_OVER));
+        assert!(!ends.has_ended());
+        ends.event(GuestEvent::Mark(1));
+        assert_eq!(ends.outcome(), Some(Outcome::Stopped));
+    }
 }

@@ -1,6 +1,6 @@
 //! A KVM VM that is ready before anybody asks for it.
 //!
-//! KVM sleeps for milliseconds while it makes a VM, its interrupt controllers and its memory. Whoever waits for requests
+//! KVM takes a millisecond, and on some hosts many, to make a VM, its interrupt controllers and its memory. Whoever waits for requests
 //! anyway, as the REST socket does, has that done on threads in the meantime, so that booting is loading a kernel and going.
 
 use crate::error::Error;

@@ -309,7 +309,7 @@ impl Ready {
     /// Make one, and do something with its memory `meanwhile`.
     ///
     /// This thread has KVM make the machine. What takes a while beside (CPUID, where it traps itself; the filter, which the
-    /// host's kernel compiles) is done on the thread that is to be the boot vCPU's, so none is needed for nothing else.
+    /// host's kernel compiles) is done on the thread that is to be the boot vCPU's, and no other is needed.
     pub fn make<T>(
         wanted: &Wanted,
         aids: &Aids,

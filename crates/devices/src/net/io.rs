@@ -2,23 +2,21 @@
 #![allow(unsafe_code)]
 
 use super::backend::{Packet, Room};
-use husk_virtio::{Buffer, GuestMemory};
+use husk_virtio::{Buffer, Extent, GuestMemory};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 /// The region of guest memory that was looked up last: buffers mostly lie in the same.
 struct Region {
-    start: u64,
-    size: u64,
+    extent: Extent,
     host: *mut u8,
 }
 
 impl Default for Region {
     fn default() -> Self {
         Self {
-            start: 0,
-            size: 0,
+            extent: Extent::default(),
             host: std::ptr::null_mut(),
         }
     }
@@ -32,17 +30,15 @@ impl Region {
         }
         let region = mem.find_region(address)?;
         *self = Self {
-            start: region.start_addr().0,
-            size: region.len(),
+            extent: Extent::of(region),
             host: region.as_volatile_slice().ok()?.ptr_guard_mut().as_ptr(),
         };
         self.place(address, length)
     }
 
     fn place(&self, address: GuestAddress, length: usize) -> Option<*mut u8> {
-        let offset = address.0.checked_sub(self.start)?;
-        let left = self.size.checked_sub(offset)?;
-        (length as u64 <= left).then(|| self.host.wrapping_add(offset as usize))
+        let offset = self.extent.offset(address, length as u64)?;
+        Some(self.host.wrapping_add(offset as usize))
     }
 }
 
