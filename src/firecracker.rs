@@ -180,15 +180,12 @@ fn run(flags: Flags, start: Instant) -> Result<u8, Failure> {
         why.map_err(|why| generic(format!("--metadata {}: {why}", path.display())))?;
     }
     let first = first(&flags)?;
-    let api = match flags.no_api {
-        true => None,
-        false => {
-            let mut socket = ApiSocket::bind(&flags.api_sock, flags.http_api_max_payload_size)?;
-            // Its clients remove it.
-            socket.tidy = false;
-            Some(socket)
-        }
-    };
+    let api = (!flags.no_api).then(|| ApiSocket {
+        path: flags.api_sock.clone(),
+        max_body: flags.http_api_max_payload_size,
+        // Its clients remove it.
+        tidy: false,
+    });
     let options = Options {
         filters,
         // Its clients know none.

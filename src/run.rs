@@ -26,10 +26,11 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
     if let Some(settings) = &config.metrics {
         metrics::configure(settings)?;
     }
-    let api = match &arguments.api_sock {
-        Some(path) => Some(ApiSocket::bind(path, husk_api::MAX_BODY)?),
-        None => None,
-    };
+    let api = arguments.api_sock.as_ref().map(|path| ApiSocket {
+        path: path.clone(),
+        max_body: husk_api::MAX_BODY,
+        tidy: true,
+    });
     let timeline_file = match &arguments.timeline_file {
         Some(path) => Some(File::create(path).map_err(|e| {
             let path = path.display();

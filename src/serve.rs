@@ -33,7 +33,11 @@ pub fn serve(arguments: &ServeArgs, start: Instant) -> Result<u8, Failure> {
         ends_at_mark: false,
         start,
         identity: identity(&arguments.id),
-        api: Some(ApiSocket::bind(&arguments.api_sock, arguments.max_payload)?),
+        api: Some(ApiSocket {
+            path: arguments.api_sock.clone(),
+            max_body: arguments.max_payload,
+            tidy: true,
+        }),
         on_signal: OnSignal::PressPowerButton,
     };
     Session::go(options, First::Serve(Box::new(config)))

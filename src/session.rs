@@ -34,7 +34,7 @@ const LOOK_LAST: Duration = Duration::from_secs(8);
 /// How soon it is looked again when it seems to have.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
 
-/// How long the first request may take to come and be answered before a machine is made beside it.
+/// How long the first request is waited for before other threads are started and a machine is made.
 const FIRST_ANSWER: Duration = Duration::from_millis(1);
 
 /// What the main thread waits for. Other threads only ever send; none waits for the main thread.
@@ -198,15 +198,15 @@ impl Session {
     ) -> Result<(Self, Ears, Option<Api>), Failure> {
         let (sender, events) = channel();
         let filters = options.filters;
+        let api = match options.api {
+            Some(socket) => Some(socket.serve(&sender, &filters)?),
+            None => None,
+        };
         let input = Input::new().map_err(|e| trouble(&e))?;
         let confined = filters.clone();
         let output =
             Output::new_prepared(std::io::stdout(), move || confined.confine(Kind::Console));
         let output = Arc::new(output.map_err(|e| trouble(&e))?);
-        let api = match options.api {
-            Some(socket) => Some(socket.serve(&sender, &filters)?),
-            None => None,
-        };
         let watch: husk_vmm::Watch = match &api {
             Some(api) => api.watcher(),
             None => Arc::new(|_| ()),
@@ -267,10 +267,9 @@ impl Session {
                 self.boot(ears)?
             }
             First::Serve(config) => {
-                self.vmm.begin_with(*config);
-                self.vmm.stand_by(FIRST_ANSWER);
+                self.vmm.await_requests(*config);
                 // A signal must find the way to the socket's removal.
-                ears.listen_to_signals()?;
+                ears.hear_signals()?;
                 // Before a request is looked at.
                 self.provide_for_programs()?;
                 self.filters
@@ -322,9 +321,12 @@ impl Session {
     }
 
     /// Answer requests until a VM runs; or the end, when it is told to end before.
-    fn serve(&mut self, ears: Ears) -> Result<Result<Input, End>, Failure> {
+    fn serve(&mut self, mut ears: Ears) -> Result<Result<Input, End>, Failure> {
+        // Whoever starts the process wants an answer first. Other threads would compete with that for the processors.
+        let mut first = true;
         loop {
             let received = match husk_metrics::next_flush() {
+                _ if first => husk_vmm::spin_for(&self.events, FIRST_ANSWER),
                 Some(at) => {
                     let pause = at.saturating_duration_since(Instant::now());
                     self.events.recv_timeout(pause)
@@ -351,7 +353,6 @@ impl Session {
                     if let Some(end) = self.answer(request, reply) {
                         return Ok(Err(end));
                     }
-                    self.vmm.begin_standby();
                 }
                 Ok(Event::Signal(signal)) => {
                     return Ok(Err(End {
@@ -362,6 +363,10 @@ impl Session {
                 Ok(Event::Key(_) | Event::Vm | Event::Down) => {}
                 // This session has a sender of its own.
                 Err(RecvTimeoutError::Disconnected) => return Ok(Err(End::default())),
+            }
+            if std::mem::take(&mut first) {
+                ears.listen_to_signals()?;
+                self.vmm.stand_by();
             }
         }
     }

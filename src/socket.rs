@@ -3,19 +3,18 @@
 use crate::Failure;
 use crate::session::{Event, send, trouble};
 use husk_sandbox::{Filters, Kind};
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 /// How long answers that are on their way to clients of the API may take at the end.
 const LAST_ANSWERS: Duration = Duration::from_millis(200);
 
-/// The API's socket, before anybody is served.
+/// The API's socket, before it is made.
 pub struct ApiSocket {
-    path: PathBuf,
-    listener: UnixListener,
-    max_body: usize,
+    pub path: PathBuf,
+    /// Bytes that a request's body may have.
+    pub max_body: usize,
     /// The socket's file goes when the process does.
     pub tidy: bool,
 }
@@ -28,18 +27,7 @@ pub struct Api {
 }
 
 impl ApiSocket {
-    /// Make the socket's file. `max_body`: bytes that a request's body may have.
-    pub fn bind(path: &Path, max_body: usize) -> Result<Self, Failure> {
-        let listener = husk_api::bind(path).map_err(|e| trouble(&e))?;
-        Ok(Self {
-            path: path.into(),
-            listener,
-            max_body,
-            tidy: true,
-        })
-    }
-
-    /// Serve on a thread of its own. Requests go to `sender`.
+    /// Make the socket's file, and serve on a thread of its own. Requests go to `sender`.
     pub fn serve(self, sender: &Sender<Event>, filters: &Filters) -> Result<Api, Failure> {
         let (sender, filters) = (sender.clone(), filters.clone());
         let handler = Box::new(move |request, reply| send(&sender, Event::Request(request, reply)));
@@ -47,8 +35,9 @@ impl ApiSocket {
             max_body: self.max_body,
             prepare: Box::new(move || filters.confine(Kind::Api)),
         };
-        let server = husk_api::Server::start(self.listener, settings, handler);
-        let server = server.map_err(|e| trouble(&e))?;
+        let mut server = husk_api::Server::start(settings, handler).map_err(|e| trouble(&e))?;
+        let listener = husk_api::bind(&self.path).map_err(|e| trouble(&e))?;
+        server.listen(listener).map_err(|e| trouble(&e))?;
         Ok(Api {
             server,
             remove: self.tidy.then_some(self.path),

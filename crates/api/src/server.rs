@@ -62,19 +62,18 @@ pub struct Settings {
 
 /// A server that runs. Dropped, it ends at once.
 pub struct Server {
+    /// Dropped before it was used, it ends the thread.
+    listener: Option<std::sync::mpsc::Sender<UnixListener>>,
     events: mpsc::UnboundedSender<Event>,
     stop: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    /// Serve `listener` on a thread of its own.
-    pub fn start(
-        listener: UnixListener,
-        settings: Settings,
-        handler: Handler,
-    ) -> std::io::Result<Self> {
-        listener.set_nonblocking(true)?;
+    /// Get ready, on a thread of its own, to serve what [`Server::listen`] will give it: so that who has a socket to make
+    /// need not wait for the thread.
+    pub fn start(settings: Settings, handler: Handler) -> std::io::Result<Self> {
+        let (listener, given) = channel::<UnixListener>();
         let (events, to_tell) = mpsc::unbounded_channel();
         let (stop, stopped) = watch::channel(false);
         // Here, so that nobody has to wait for the thread.
@@ -84,6 +83,9 @@ impl Server {
             .build()?;
         let body = move || {
             (settings.prepare)();
+            let Ok(listener) = given.recv() else {
+                return;
+            };
             let state = Rc::new(State {
                 handler,
                 max_body: settings.max_body,
@@ -98,10 +100,21 @@ impl Server {
             .stack_size(256 << 10)
             .spawn(body)?;
         Ok(Self {
+            listener: Some(listener),
             events,
             stop,
             thread: Some(thread),
         })
+    }
+
+    /// Serve `listener`. Once.
+    pub fn listen(&mut self, listener: UnixListener) -> std::io::Result<()> {
+        listener.set_nonblocking(true)?;
+        if let Some(give) = self.listener.take() {
+            // The thread waits for it.
+            let _ = give.send(listener);
+        }
+        Ok(())
     }
 
     /// Tells all who watch what happens. Never blocks.

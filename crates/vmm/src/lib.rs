@@ -14,6 +14,7 @@ mod memory;
 mod pause;
 mod platform;
 mod processor;
+mod spin;
 mod standby;
 mod timeline;
 mod vcpu;
@@ -24,6 +25,7 @@ pub use error::{Error, chain};
 pub use footprint::{forget_code, share_heap};
 pub use host::{Console, Host, Identity, OpenOutput, Watch};
 pub use lifecycle::{Outcome, Wake};
+pub use spin::spin_for;
 pub use timeline::{Cost, Counting, Phase, Reached, Timeline};
 pub use vcpu::{ExitCounts, install_kick_handler};
 
@@ -32,7 +34,7 @@ use husk_config::{Answer, Event, NewDevice, Part, VmConfig, VmmRequest};
 use husk_loader::Kernel;
 use husk_metrics::METRICS;
 use standby::Standby;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use vm::Vm;
 
 /// The monitor of one VM.
@@ -42,6 +44,8 @@ pub struct Vmm {
     state: State,
     /// What is ready before it is asked for.
     prepared: Prepared,
+    /// The configuration comes in parts, and time passes between them: what a VM needs is made ready ahead.
+    awaits: bool,
     /// Something was configured that a snapshot would bring along.
     touched: bool,
 }
@@ -74,28 +78,21 @@ impl Vmm {
             config: VmConfig::default(),
             state: State::Configuring,
             prepared: Prepared::default(),
+            awaits: false,
             touched: false,
         }
     }
 
-    /// From now on, have what a VM needs of KVM ready before it is asked for. It takes milliseconds, mostly asleep; this
-    /// returns at once. Nothing is made before `pause` is over, [`Vmm::begin_standby`] is called or it is asked for: who starts the process wants an
-    /// answer first, and KVM's work would compete with that for the processors.
-    pub fn stand_by(&mut self, pause: Duration) {
-        if !matches!(self.state, State::Configuring) {
+    /// Have what a VM needs of KVM ready before it is asked for. It takes milliseconds, mostly asleep, on threads of its own;
+    /// this returns at once. Does nothing for a monitor that was not told to [`Vmm::await_requests`].
+    pub fn stand_by(&mut self) {
+        if !self.awaits || !matches!(self.state, State::Configuring) {
             return;
         }
         let machine = standby::Wanted::of(&self.config);
         match &self.prepared.standby {
             Some(standby) if *standby.wanted() == machine => {}
-            _ => self.prepared.standby = Some(Standby::start(machine, &self.host, pause)),
-        }
-    }
-
-    /// What [`Vmm::stand_by`] is to make is made now.
-    pub fn begin_standby(&mut self) {
-        if let Some(standby) = &mut self.prepared.standby {
-            standby.begin();
+            _ => self.prepared.standby = Some(Standby::start(machine, &self.host)),
         }
     }
 
@@ -197,14 +194,13 @@ impl Vmm {
         let opened = part.clone();
         part.set(&mut config);
         config.validate_parts()?;
-        let waits = self.prepared.standby.is_some();
         match opened {
             Part::BootSource(source) => {
                 let kernel = Kernel::open(&source.kernel_image_path, &self.host.cache)?;
                 if let Some(initrd) = &source.initrd_path {
                     load::check_initrd(initrd)?;
                 }
-                self.prepared.kernel = waits.then_some(kernel);
+                self.prepared.kernel = self.awaits.then_some(kernel);
             }
             Part::MachineConfig(_) => vm::check_memory(&config)?,
             Part::Drive(drive) => self.prepared.devices.drive(&drive, &self.config)?,
@@ -222,9 +218,7 @@ impl Vmm {
         }
         self.config = config;
         self.touched = true;
-        if waits {
-            self.stand_by(Duration::ZERO);
-        }
+        self.stand_by();
         Ok(())
     }
 
@@ -248,16 +242,13 @@ impl Vmm {
         let State::Configuring = self.state else {
             return Err(Error::AfterBoot);
         };
-        let waits = self.prepared.standby.is_some();
         match Vm::build(&self.config, &self.host, &mut self.prepared) {
             Ok(vm) => {
                 self.state = State::Built(Box::new(vm));
                 Ok(())
             }
             Err(e) => {
-                if waits {
-                    self.stand_by(Duration::ZERO);
-                }
+                self.stand_by();
                 Err(e)
             }
         }
@@ -280,8 +271,9 @@ impl Vmm {
     }
 
     /// Begin with `config`, which is not complete: requests add to it.
-    pub fn begin_with(&mut self, config: VmConfig) {
+    pub fn await_requests(&mut self, config: VmConfig) {
         self.config = config;
+        self.awaits = true;
     }
 
     /// The configuration.

@@ -7,9 +7,7 @@ use crate::error::Error;
 use crate::host::Host;
 use crate::vm::{Aids, Ready};
 use husk_config::{CpuConfig, MachineConfig, VmConfig};
-use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 /// All of a configuration that KVM's VM, its memory and its vCPUs depend on.
 #[derive(Clone, PartialEq)]
@@ -31,22 +29,15 @@ impl Wanted {
 /// A machine that is being made, or is ready.
 pub struct Standby {
     wanted: Wanted,
-    /// Dropped, it ends the wait before the machine is made.
-    begin: Option<Sender<()>>,
     /// None: there was no thread to make it on.
     thread: Option<JoinHandle<Result<Ready, Error>>>,
 }
 
 impl Standby {
-    /// Begin to make one after `pause`, or when it is asked for before.
-    pub fn start(wanted: Wanted, host: &Host, pause: Duration) -> Self {
+    /// Begin to make one.
+    pub fn start(wanted: Wanted, host: &Host) -> Self {
         let (own, aids) = (wanted.clone(), Aids::of(host));
-        let (begin, begun) = channel::<()>();
-        let body = move || {
-            // Nothing is ever sent: it returns when the time is over or the sender is gone.
-            let _ = begun.recv_timeout(pause);
-            Ready::make(&own, &aids, |_| Ok(())).map(|(ready, ())| ready)
-        };
+        let body = move || Ready::make(&own, &aids, |_| Ok(())).map(|(ready, ())| ready);
         let thread = std::thread::Builder::new()
             .name("standby".into())
             .stack_size(256 << 10)
@@ -56,7 +47,6 @@ impl Standby {
         }
         Self {
             wanted,
-            begin: Some(begin),
             thread: thread.ok(),
         }
     }
@@ -66,14 +56,8 @@ impl Standby {
         &self.wanted
     }
 
-    /// Wait no longer.
-    pub fn begin(&mut self) {
-        self.begin = None;
-    }
-
     /// The machine, as soon as it is ready. None: it has to be made by the caller.
     pub fn take(mut self) -> Option<Result<Ready, Error>> {
-        self.begin = None;
         self.thread.take()?.join().ok()
     }
 }

@@ -9,6 +9,7 @@ use crate::load::load;
 use crate::memory::GuestMemory;
 use crate::platform::{Platform, hotplug_slots, platform};
 use crate::processor::Processor;
+use crate::spin::spin_for;
 use crate::standby::Wanted;
 use crate::timeline::{Phase, Timeline};
 use crate::vcpu::{self, Shared, VcpuThread};
@@ -22,8 +23,8 @@ use husk_kvm::{Kvm, Vcpu};
 use husk_loader::Kernel;
 use husk_sandbox::{Filters, Kind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
 
 /// A VM. [`Vm::start`] lets its guest run, [`Vm::stop`] takes it down; fields are dropped in order, memory last.
 pub struct Vm {
@@ -489,18 +490,11 @@ fn no_thread(error: std::io::Error) -> Error {
     Error::Host("a thread for each vCPU", error)
 }
 
-/// Receive what is about to come. For a moment without sleep: a processor that has fallen idle takes as long to wake as the
-/// thread that is waited for takes for its work, where the processor is itself virtual.
+/// Receive what is about to come.
 fn recv_soon<T>(receiver: &Receiver<T>) -> Result<T, RecvError> {
-    let asked = Instant::now();
-    loop {
-        match receiver.try_recv() {
-            Ok(value) => return Ok(value),
-            Err(TryRecvError::Disconnected) => return Err(RecvError),
-            Err(TryRecvError::Empty) if asked.elapsed() > MOMENT => return receiver.recv(),
-            // Where there is but one processor, the other thread has it.
-            Err(TryRecvError::Empty) => std::thread::yield_now(),
-        }
+    match spin_for(receiver, MOMENT) {
+        Err(RecvTimeoutError::Timeout) => receiver.recv(),
+        received => received.map_err(|_| RecvError),
     }
 }
 
