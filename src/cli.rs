@@ -86,6 +86,9 @@ pub enum Command {
     Stop(StopArgs),
     /// Say what a VM is and does
     Info(SocketArgs),
+    /// Measure how long a guest takes to boot
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Say what this host can do, and what to do about what it cannot
     Doctor(DoctorArgs),
     /// Print a completion script for a shell
@@ -107,6 +110,128 @@ pub struct DoctorArgs {
     /// Print one JSON object instead of lines
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Boot a guest again and again: how long it takes, where the time goes, and whether that has changed
+    #[command(after_help = BOOT_EXAMPLES)]
+    Boot(Box<BootArgs>),
+    /// Show a report that `husk bench boot --json` wrote, or compare two
+    #[command(after_help = REPORT_EXAMPLES)]
+    Report(ReportArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct BootArgs {
+    #[command(flatten)]
+    pub options: BootOptions,
+
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// What is not for `husk run`. Options only, without short names: what is left of the command line is the monitor's.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "The measurement")]
+pub struct BootOptions {
+    /// How many runs of each monitor are measured
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub runs: u32,
+
+    /// How many runs of each go before those, and do not count
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    pub warm_ups: u32,
+
+    /// Write the report to this file: a baseline for later, and input of `husk bench report`
+    #[arg(long, value_name = "PATH")]
+    pub json: Option<PathBuf>,
+
+    /// Write the report as a page for people
+    #[arg(long, value_name = "PATH")]
+    pub html: Option<PathBuf>,
+
+    /// Compare with this report of `--json`; exit status 1 when it was faster
+    #[arg(long, value_name = "PATH")]
+    pub baseline: Option<PathBuf>,
+
+    /// How much slower than the baseline is allowed
+    #[arg(long, value_name = "PERCENT", default_value = "5%")]
+    pub max_regression: Percent,
+
+    /// Measure this command too, another monitor with its arguments, by turns
+    #[arg(long, value_name = "COMMAND")]
+    pub vs: Vec<String>,
+
+    /// A guest is up when a line of its console matches; by default when it says so with a boot mark (docs/bench-boot.md)
+    #[arg(long, value_name = "REGEX")]
+    pub mark: Option<String>,
+
+    /// Where a run ends: at the mark, or when the guest ends by itself
+    /// [default: mark; exit where the guest's init is Husk's own]
+    #[arg(long, value_enum, value_name = "WHERE")]
+    pub until: Option<Until>,
+
+    /// Seconds that a run may take; it has failed then
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub timeout: u64,
+
+    /// Let the kernel tell of its initcalls, in one run more
+    #[arg(long)]
+    pub profile: bool,
+
+    /// No progress
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Until {
+    /// The monitor is ended when its guest has set a mark
+    Mark,
+    /// The guest powers off
+    Exit,
+}
+
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// A report
+    #[arg(value_name = "REPORT")]
+    pub report: PathBuf,
+
+    /// A later one
+    #[arg(value_name = "AFTER")]
+    pub after: Option<PathBuf>,
+
+    /// Write a page for people
+    #[arg(long, value_name = "PATH")]
+    pub html: Option<PathBuf>,
+
+    /// Exit status 1 when the later one is slower by more
+    #[arg(long, value_name = "PERCENT")]
+    pub max_regression: Option<Percent>,
+}
+
+/// A share of one, from "5%", "5" or "2.5%".
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Percent(pub f64);
+
+impl Default for Percent {
+    fn default() -> Self {
+        Self(0.05)
+    }
+}
+
+impl std::str::FromStr for Percent {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let number = text.strip_suffix('%').unwrap_or(text).trim();
+        match number.parse() {
+            Ok(percent) if (0.0..=1000.0).contains(&percent) => Ok(Self(percent / 100.0)),
+            _ => Err("give per cent, 0 to 1000: 5%"),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -410,6 +535,30 @@ Examples:
 
 The paths are Firecracker's, and Husk's own below /husk: GET /husk/openapi.json describes all of them.
 Exit status: 0, or 1 when the VM refuses or nobody answers.";
+
+const BOOT_EXAMPLES: &str = "\
+Examples:
+  husk bench boot --kernel vmlinux                                    a kernel alone: Husk has an init for it
+  husk bench boot -k vmlinux -i initrd.img --mark 'login:'            until a line of the console
+  husk bench boot -k vmlinux --json main.json --html main.html        keep it
+  husk bench boot -k vmlinux --baseline main.json --profile           has it become slower, and where
+  husk bench boot -k vmlinux --vs 'firecracker --no-api --config-file vm.json' --mark 'login:'
+
+Exit status:
+  0    measured, and not slower than the baseline
+  1    slower than the baseline by more than --max-regression, or trouble with the host
+  2    trouble with a flag, a file or the baseline
+  3    runs failed
+  4    the runs are too noisy to tell whether it is slower: more --runs, or a quieter machine
+  130  interrupted; what was measured until then is written";
+
+const REPORT_EXAMPLES: &str = "\
+Examples:
+  husk bench report main.json                       as it was printed
+  husk bench report main.json branch.json --html compare.html
+
+Exit status: 0; 2 for files that are no reports, or cannot be compared; with --max-regression 1 for slower and 4 for too
+noisy to tell.";
 
 const SERVE_EXAMPLES: &str = "\
 Example:

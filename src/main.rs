@@ -1,6 +1,7 @@
 //! Husk's binary: the command line, logging, and the wiring of threads. No logic of its own.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod cli;
 mod client;
 mod devices;
@@ -19,7 +20,7 @@ mod timeline;
 
 use clap::CommandFactory;
 use clap::error::ErrorKind;
-use cli::{Cli, Command};
+use cli::{BenchCommand, Cli, Command};
 use std::io::Write;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -82,6 +83,8 @@ fn main() -> ExitCode {
         Command::Resume(socket) => client::set_state(&socket, "Resumed"),
         Command::Stop(arguments) => client::stop(&arguments.socket, arguments.power_button),
         Command::Info(socket) => client::info(&socket),
+        Command::Bench(BenchCommand::Boot(arguments)) => bench::boot(&arguments),
+        Command::Bench(BenchCommand::Report(arguments)) => bench::report(&arguments),
         Command::Doctor(arguments) => doctor(arguments.json),
         Command::Completions { shell } => {
             let mut script = Vec::new();

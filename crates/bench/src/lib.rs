@@ -28,6 +28,8 @@ pub mod stats;
 mod tables;
 pub mod text;
 
+pub use show::plain;
+
 pub use error::Error;
 pub use file::write_whole;
 pub use model::{

@@ -238,6 +238,12 @@ pub(crate) fn headline(common: &[Phase]) -> Option<Phase> {
 }
 
 impl Run {
+    /// The phase whose time is the figure to look at, and the time. None of a run that reached none.
+    pub fn figure(&self) -> Option<(Phase, u64)> {
+        let phase = headline(&self.phases.keys().copied().collect::<Vec<_>>())?;
+        Some((phase, self.phases.get(&phase).copied()?))
+    }
+
     /// Nanoseconds that each of `phases` took: from the one before in `phases`, the first from spawn. All are phases of this run.
     ///
     /// A foreign monitor may pass two in another order; the later in order then took no time, and the sum stays right.

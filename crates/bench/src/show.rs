@@ -23,7 +23,7 @@ impl Clock {
     }
 
     /// The unit of what [`ms`] writes. Virtual milliseconds are never passed off as real ones.
-    pub(crate) fn unit(self) -> &'static str {
+    pub fn unit(self) -> &'static str {
         match self {
             Self::Real => "ms",
             Self::Virtual => "virtual ms",
@@ -92,7 +92,7 @@ pub(crate) fn step(from: Option<Phase>, to: Phase) -> String {
 
 /// One line of foreign text, with nothing in it that a terminal or a browser acts upon: control characters, and those that
 /// turn the direction of writing, become `·`. Bounded.
-pub(crate) fn plain(text: &str) -> String {
+pub fn plain(text: &str) -> String {
     const MAX: usize = 2000;
     let acts = |c: char| {
         c.is_control()

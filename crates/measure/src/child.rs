@@ -55,6 +55,7 @@ pub fn watch(
         if kind == Kind::Profile {
             words.clone_from(&husk.profiled);
         }
+        words.extend(husk.more.iter().cloned());
         let memory = memfd_create("timeline", MemfdFlags::CLOEXEC);
         let memory = File::from(memory.map_err(|e| Error::Watch(e.into()))?);
         words.extend(arguments(kind, plan, marks, &memory));
@@ -263,7 +264,8 @@ impl Watched {
                 true => "did not end",
                 false => "set no mark",
             };
-            return Some(format!("it {what} within {} s", timeout.as_secs()));
+            let seconds = timeout.as_secs();
+            return Some(format!("it {what} within {seconds} s"));
         }
         let ended = match (status.code(), status.signal()) {
             (_, Some(signal)) => format!("signal {signal}"),

@@ -9,10 +9,12 @@
 mod child;
 mod clock;
 mod console;
+mod init;
 mod timeline;
 
 pub use child::STOPPED_AFTER;
 pub use clock::{clock, host};
+pub use init::initramfs;
 
 use child::{Ended, Seen};
 use console::Marks;
@@ -55,13 +57,15 @@ pub struct Program {
     pub name: String,
     /// Program and arguments.
     pub command: Vec<OsString>,
-    /// Arguments to put behind, when it is Husk's own `run`; they make its kernel tell of its initcalls.
+    /// When it is Husk's own `run`.
     pub husk: Option<Husk>,
 }
 
 /// What a run of Husk's own can do.
 pub struct Husk {
-    /// The arguments of a run whose kernel tells of its initcalls.
+    /// Arguments that mean something in this process alone; the report does not show them.
+    pub more: Vec<OsString>,
+    /// The command of a run whose kernel tells of its initcalls.
     pub profiled: Vec<OsString>,
 }
 
