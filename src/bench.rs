@@ -241,11 +241,16 @@ fn plan(arguments: &BootArgs, config: &VmConfig, init: Option<&File>) -> Result<
     let mut command = vec![own.into_os_string(), "run".into()];
     command.extend(words_of_run());
     let mut more = Vec::new();
-    if arguments.run.kernel.is_none() && config.boot_source.kernel_image_path.as_os_str().is_empty()
-    {
-        let kernel = guest::default_kernel().map_err(Failure::usage)?;
-        command.extend(["--kernel".into(), kernel.into_os_string()]);
-    }
+    let of_file = &config.boot_source.kernel_image_path;
+    let kernel = match &arguments.run.kernel {
+        Some(kernel) => kernel.clone(),
+        None if !of_file.as_os_str().is_empty() => of_file.clone(),
+        None => {
+            let kernel = guest::default_kernel().map_err(Failure::usage)?;
+            command.extend(["--kernel".into(), kernel.clone().into_os_string()]);
+            kernel
+        }
+    };
     if let Some(init) = init {
         // Kept open until all runs are over.
         let path = format!("/proc/{}/fd/{}", std::process::id(), init.as_raw_fd());
@@ -254,6 +259,7 @@ fn plan(arguments: &BootArgs, config: &VmConfig, init: Option<&File>) -> Result<
     let husk = Husk {
         more,
         profiled: profiled(&command, &arguments.run, config),
+        kernel,
     };
     let mut programs = vec![Program {
         name: HUSK.into(),

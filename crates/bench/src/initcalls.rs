@@ -51,6 +51,11 @@ fn line(line: &str) -> Option<Initcall> {
     })
 }
 
+/// The name of a function that a stranger's symbol table has; None of what is none.
+pub fn function(symbol: &str) -> Option<String> {
+    name(symbol).filter(|_| !symbol.contains(' '))
+}
+
 /// Function and module without the offset, which differs between builds.
 fn name(function: &str) -> Option<String> {
     let (symbol, module) = match function.split_once(' ') {

@@ -8,35 +8,55 @@ use husk_loader::initramfs::Archive;
 const BASE: u64 = 0x40_0000;
 /// Bytes of an ELF header, and of one program header.
 const HEADERS: u64 = 64 + 56;
-/// It marks with two bytes to the mark port: 0 when it has been started, 1 when it is done. A kernel without iopl(2) lets it
-/// not, and it says so on the console instead. Then it powers off.
-const CODE: [&[u8]; 25] = [
-    &[0xb8, 172, 0, 0, 0],                                  // mov $SYS_iopl, %eax
-    &[0xbf, 3, 0, 0, 0],                                    // mov $3, %edi
-    &[0x0f, 0x05],                                          // syscall
-    &[0x85, 0xc0],                                          // test %eax, %eax
-    &[0x75, 0x0c],                                          // jnz say
-    &[0x66, 0xba, MARK_PORT as u8, (MARK_PORT >> 8) as u8], // mov $MARK_PORT, %dx
-    &[0x31, 0xc0],                                          // xor %eax, %eax
-    &[0xee],                                                // out %al, %dx
-    &[0xff, 0xc0],                                          // inc %eax
-    &[0xee],                                                // out %al, %dx
-    &[0xeb, 0x18],                                          // jmp end
-    &[0xb8, 1, 0, 0, 0],                                    // say: mov $SYS_write, %eax
-    &[0xbf, 1, 0, 0, 0],                                    // mov $1, %edi
-    &[0x48, 0x8d, 0x35, 0x26, 0, 0, 0],                     // lea text(%rip), %rsi
-    &[0xba, TEXT.len() as u8, 0, 0, 0],                     // mov $length, %edx
-    &[0x0f, 0x05],                                          // syscall
-    &[0xb8, 169, 0, 0, 0],                                  // end: mov $SYS_reboot, %eax
-    &[0xbf, 0xad, 0xde, 0xe1, 0xfe],                        // mov $LINUX_REBOOT_MAGIC1, %edi
-    &[0xbe, 0x69, 0x19, 0x12, 0x28],                        // mov $LINUX_REBOOT_MAGIC2, %esi
-    &[0xba, 0xdc, 0xfe, 0x21, 0x43],                        // mov $LINUX_REBOOT_CMD_POWER_OFF, %edx
-    &[0x0f, 0x05],                                          // syscall
-    &[0xb8, 34, 0, 0, 0],                                   // wait: mov $SYS_pause, %eax
-    &[0x0f, 0x05],                                          // syscall
-    &[0xeb, 0xf7],                                          // jmp wait
-    TEXT.as_bytes(),                                        // text:
+/// It marks with two bytes to the mark port: 0 when it has been started, 1 when it is done. A kernel without iopl(2) lets it do
+/// so through /dev/port; without that either, it says so on the console instead. Then it powers off.
+const CODE: [&[u8]; 44] = [
+    &[0xb8, 172, 0, 0, 0],                 // mov $SYS_iopl, %eax
+    &[0xbf, 3, 0, 0, 0],                   // mov $3, %edi
+    &[0x0f, 0x05],                         // syscall
+    &[0x85, 0xc0],                         // test %eax, %eax
+    &[0x75, 0x0c],                         // jnz port
+    &[0x66, 0xba, MARK[0], MARK[1]],       // mov $MARK_PORT, %dx
+    &[0x31, 0xc0],                         // xor %eax, %eax
+    &[0xee],                               // out %al, %dx
+    &[0xff, 0xc0],                         // inc %eax
+    &[0xee],                               // out %al, %dx
+    &[0xeb, 0x58],                         // jmp end
+    &[0xb8, 2, 0, 0, 0],                   // port: mov $SYS_open, %eax
+    &[0x48, 0x8d, 0x3d, 0x6d, 0, 0, 0],    // lea path(%rip), %rdi
+    &[0xbe, 1, 0, 0, 0],                   // mov $O_WRONLY, %esi
+    &[0x0f, 0x05],                         // syscall
+    &[0x85, 0xc0],                         // test %eax, %eax
+    &[0x78, 0x29],                         // js say
+    &[0x89, 0xc7],                         // mov %eax, %edi
+    &[0xb8, 18, 0, 0, 0],                  // mov $SYS_pwrite64, %eax
+    &[0x48, 0x8d, 0x35, 0x52, 0, 0, 0],    // lea marks(%rip), %rsi
+    &[0xba, 1, 0, 0, 0],                   // mov $1, %edx
+    &[0x41, 0xba, MARK[0], MARK[1], 0, 0], // mov $MARK_PORT, %r10d
+    &[0x0f, 0x05],                         // syscall
+    &[0xb8, 18, 0, 0, 0],                  // mov $SYS_pwrite64, %eax
+    &[0x48, 0xff, 0xc6],                   // inc %rsi
+    &[0x0f, 0x05],                         // syscall
+    &[0xff, 0xc8],                         // dec %eax
+    &[0x74, 0x18],                         // jz end
+    &[0xb8, 1, 0, 0, 0],                   // say: mov $SYS_write, %eax
+    &[0xbf, 1, 0, 0, 0],                   // mov $1, %edi
+    &[0x48, 0x8d, 0x35, 0x32, 0, 0, 0],    // lea text(%rip), %rsi
+    &[0xba, TEXT.len() as u8, 0, 0, 0],    // mov $length, %edx
+    &[0x0f, 0x05],                         // syscall
+    &[0xb8, 169, 0, 0, 0],                 // end: mov $SYS_reboot, %eax
+    &[0xbf, 0xad, 0xde, 0xe1, 0xfe],       // mov $LINUX_REBOOT_MAGIC1, %edi
+    &[0xbe, 0x69, 0x19, 0x12, 0x28],       // mov $LINUX_REBOOT_MAGIC2, %esi
+    &[0xba, 0xdc, 0xfe, 0x21, 0x43],       // mov $LINUX_REBOOT_CMD_POWER_OFF, %edx
+    &[0x0f, 0x05],                         // syscall
+    &[0xb8, 34, 0, 0, 0],                  // wait: mov $SYS_pause, %eax
+    &[0x0f, 0x05],                         // syscall
+    &[0xeb, 0xf7],                         // jmp wait
+    &[0, 1],                               // marks:
+    b"/dev/port\0",                        // path:
+    TEXT.as_bytes(),                       // text:
 ];
+const MARK: [u8; 2] = MARK_PORT.to_le_bytes();
 /// A line that holds [`crate::console::INIT_SAYS`].
 const TEXT: &str = "husk: init marks\n";
 
@@ -44,6 +64,7 @@ const TEXT: &str = "husk: init marks\n";
 pub fn initramfs() -> Result<Vec<u8>, Error> {
     let mut archive = Archive::new();
     archive.character_device("dev/console", 0o600, 5, 1)?;
+    archive.character_device("dev/port", 0o600, 1, 4)?;
     archive.file("init", 0o755, &program())?;
     archive.finish()
 }
@@ -80,11 +101,19 @@ mod tests {
     #[test]
     fn jumps_and_the_text_are_where_the_code_says() {
         let at = |part: usize| CODE.iter().take(part).map(|code| code.len()).sum::<usize>();
-        // jnz say, jmp end, lea text, jmp wait: the end of the instruction and its displacement.
-        assert_eq!(at(5) + 0x0c, at(11));
-        assert_eq!(at(11) + 0x18, at(16));
-        assert_eq!(at(14) + 0x26, at(24));
-        assert_eq!(at(24) - 9, at(21));
+        // The end of the instruction and its displacement.
+        for (after, displacement, to) in [
+            (5, 0x0c, 11),  // jnz port
+            (11, 0x58, 33), // jmp end
+            (13, 0x6d, 42), // lea path
+            (17, 0x29, 28), // js say
+            (20, 0x52, 41), // lea marks
+            (28, 0x18, 33), // jz end
+            (31, 0x32, 43), // lea text
+        ] {
+            assert_eq!(at(after) + displacement, at(to), "before part {after}");
+        }
+        assert_eq!(at(41) - 9, at(38)); // jmp wait
         assert!(TEXT.contains(crate::console::INIT_SAYS));
     }
 

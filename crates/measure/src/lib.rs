@@ -10,6 +10,7 @@ mod child;
 mod clock;
 mod console;
 mod init;
+mod symbols;
 mod timeline;
 
 pub use child::STOPPED_AFTER;
@@ -21,6 +22,7 @@ use console::Marks;
 use husk_bench::{Clock, Counts, Report, Run, Subject};
 use regex_lite::Regex;
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -67,6 +69,8 @@ pub struct Husk {
     pub more: Vec<OsString>,
     /// The command of a run whose kernel tells of its initcalls.
     pub profiled: Vec<OsString>,
+    /// The kernel.
+    pub kernel: PathBuf,
 }
 
 /// How far a measurement is.
@@ -171,8 +175,11 @@ pub fn run(
             Kind::WarmUp => {}
             Kind::Counting => subject.counts = Some(Counts { by_phase: costs }),
             Kind::Profile => {
-                subject.initcalls =
-                    husk_bench::initcalls::parse(&String::from_utf8_lossy(&console));
+                let mut calls = husk_bench::initcalls::parse(&String::from_utf8_lossy(&console));
+                if let Some(husk) = &program.husk {
+                    symbols::name(&mut calls, &husk.kernel);
+                }
+                subject.initcalls = calls;
             }
             Kind::Measured => subject.runs.push(run),
         }
