@@ -226,7 +226,7 @@ fn has_root(run: &RunArgs, config: &VmConfig) -> bool {
 
 /// An initramfs whose init marks, in memory.
 fn own_init() -> Result<File, Failure> {
-    let archive = husk_measure::initramfs().map_err(|e| host(&e))?;
+    let archive = husk_loader::initramfs::marking().map_err(|e| host(&e))?;
     let made = rustix::fs::memfd_create("init", rustix::fs::MemfdFlags::CLOEXEC)
         .map_err(std::io::Error::from)
         .map(File::from)

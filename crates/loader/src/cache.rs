@@ -132,8 +132,8 @@ impl Cache {
         }
     }
 
-    /// Remember something of the file with `identity`. A failure only costs time at the next start.
-    pub(crate) fn remember(&self, fact: &str, identity: &Identity, value: bool) {
+    /// Remember something of the file with `identity`; `is_own` says that it is the cache's, and will not change. A failure only costs time at the next start.
+    pub(crate) fn remember(&self, fact: &str, identity: &Identity, value: bool, is_own: bool) {
         let Some(directory) = self.directory.as_deref() else {
             return;
         };
@@ -143,7 +143,8 @@ impl Cache {
                 .mode(0o700)
                 .create(directory)
                 .is_ok();
-        if made && trusted(directory).is_ok() && identity.settled(SystemTime::now()) {
+        let lasts = is_own || identity.settled(SystemTime::now());
+        if made && trusted(directory).is_ok() && lasts {
             let target = if value { YES } else { NO };
             if let Err(error) = replace_link(directory, &fact_name(fact, identity), target) {
                 log::debug!("cannot write to the cache {directory:?}: {error}");

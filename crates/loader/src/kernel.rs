@@ -126,7 +126,9 @@ impl Kernel {
         }
         let found = contains(&self.file, ACPI_WORD);
         if let Ok(found) = found {
-            cache.remember(ACPI, &identity, found);
+            // What was unpacked is nobody's to write.
+            let is_own = self.format != Format::Elf;
+            cache.remember(ACPI, &identity, found, is_own);
         }
         found.unwrap_or(false)
     }

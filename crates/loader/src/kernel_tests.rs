@@ -318,14 +318,18 @@ fn what_was_found_out_of_a_kernel_is_remembered() {
     };
     let one = identity(1);
     assert_eq!(cache.fact(ACPI, &one), None);
-    cache.remember(ACPI, &one, true);
+    cache.remember(ACPI, &one, true, false);
     // It has just been written, and may change without a trace.
     assert_eq!(cache.fact(ACPI, &one), None);
+    let own = identity(3);
+    cache.remember(ACPI, &own, true, true);
+    assert_eq!(cache.fact(ACPI, &own), Some(true));
+    let one = identity(1);
     std::thread::sleep(std::time::Duration::from_secs(4));
-    cache.remember(ACPI, &one, true);
+    cache.remember(ACPI, &one, true, false);
     assert_eq!(cache.fact(ACPI, &one), Some(true));
     assert_eq!(cache.fact("other", &one), None);
-    cache.remember(ACPI, &one, false);
+    cache.remember(ACPI, &one, false, false);
     assert_eq!(cache.fact(ACPI, &one), Some(false));
     assert_eq!(cache.fact(ACPI, &identity(2)), None);
 }

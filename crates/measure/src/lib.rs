@@ -9,13 +9,11 @@
 mod child;
 mod clock;
 mod console;
-mod init;
 mod symbols;
 mod timeline;
 
 pub use child::STOPPED_AFTER;
 pub use clock::{clock, host};
-pub use init::initramfs;
 
 use child::{Ended, Seen};
 use console::Marks;

@@ -9,6 +9,7 @@ mod apt;
 mod bench;
 mod bench_api;
 mod bench_devices;
+mod boot_time;
 mod cargo;
 mod clients;
 mod demo;
@@ -43,6 +44,8 @@ enum Command {
     Kernel,
     /// Measure start-up time, memory and size beside the floor and QEMU microvm
     Bench(bench::Args),
+    /// Measure how long guests take to boot, and compare with what is committed
+    BootTime(boot_time::Args),
     /// Time boots to init; what `bench` runs on the testbed
     #[command(hide = true)]
     BenchInner(bench::InnerArgs),
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Command::Testbed(args) => testbed::run(&args),
         Command::Kernel => kernel::run(),
         Command::Bench(args) => bench::run(&args),
+        Command::BootTime(args) => boot_time::run(&args),
         Command::BenchInner(args) => bench::run_inner(&args),
         Command::BenchApiInner(args) => bench_api::run_inner(&args),
         Command::BenchDevicesInner(args) => bench_devices::run_inner(&args),

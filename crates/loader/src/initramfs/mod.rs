@@ -71,6 +71,7 @@ impl Builder {
         }
         archive.file("etc/modules", 0o644, lines(&names).as_bytes())?;
         archive.file("etc/husk/console", 0o755, CONSOLE.as_bytes())?;
+        archive.file("etc/husk/mark", 0o755, MARK)?;
         archive.file("init", 0o755, INIT.as_bytes())?;
         if let Some(script) = &self.script {
             archive.file("script", 0o755, script.as_bytes())?;
@@ -90,6 +91,7 @@ impl Builder {
         let (_, metadata) = open_regular(&self.busybox)?;
         let mut parts = vec![
             Identity::of(&metadata).name().into_bytes(),
+            MARK.into(),
             INIT.into(),
             CONSOLE.into(),
             POWER_BUTTON.into(),
@@ -201,6 +203,21 @@ const DIRECTORIES: [&str; 17] = [
     "var",
     "var/log",
 ];
+
+/// Sets boot marks: `mark.S`.
+const MARK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/mark"));
+
+/// An initramfs (cpio) whose init does nothing but to mark that it runs and to power off.
+///
+/// # Errors
+/// None today, as of [`Archive::finish`].
+pub fn marking() -> Result<Vec<u8>, Error> {
+    let mut archive = Archive::new();
+    archive.character_device("dev/console", 0o600, 5, 1)?;
+    archive.character_device("dev/port", 0o600, 1, 4)?;
+    archive.file("init", 0o755, MARK)?;
+    archive.finish()
+}
 
 const INIT: &str = include_str!("init.sh");
 const CONSOLE: &str = include_str!("console.sh");

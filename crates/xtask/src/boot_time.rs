@@ -1,0 +1,196 @@
+//! `cargo xtask boot-time`: Husk's own boot times, guarded by its own benchmark, on the testbed with instructions counted.
+
+use crate::apt;
+use crate::cargo;
+use crate::demo;
+use crate::host::{self, TempDir, shell_quote};
+use crate::kernel;
+use crate::testbed::Testbed;
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+/// What is committed to compare with.
+const BASELINES: &str = "resources/boot-time";
+/// How much slower may pass.
+const MAX_REGRESSION: &str = "5%";
+/// The modules that Debian's cloud kernel needs to mount a disk.
+const MODULES: [&str; 4] = ["virtio_mmio", "virtio_blk", "crc32c_generic", "ext4"];
+/// What the guest does first when it has these.
+const SCRIPT: &str = "mkdir /mnt; mount -t ext4 -o ro /dev/vda /mnt && echo 'husk: root is mounted'\n";
+/// The line that says so.
+const MOUNTED: &str = "husk: root is mounted";
+
+/// `cargo xtask boot-time`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Measured boots of each guest; the virtual clock makes few enough
+    #[arg(short = 'n', long, default_value_t = 4)]
+    runs: u32,
+    /// Only this guest: `minimal` or `debian`
+    #[arg(long)]
+    only: Option<String>,
+    /// Let the kernels tell of their initcalls
+    #[arg(long)]
+    profile: bool,
+    /// Write reports (JSON and HTML) into this folder
+    #[arg(long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
+    /// What is measured is the new baseline
+    #[arg(long)]
+    update: bool,
+    /// More options for `husk bench boot`
+    #[arg(last = true, value_name = "OPTIONS")]
+    more: Vec<String>,
+}
+
+/// A guest whose boot is guarded.
+struct Guest {
+    name: &'static str,
+    /// Options for `husk bench boot`, but for files.
+    options: String,
+    /// Files, with the options that name them. They are copied into the emulated host's memory.
+    files: Vec<(&'static str, PathBuf, &'static str)>,
+}
+
+/// Measures and compares; exit status 1 when a boot has become slower.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let outcome = measure(args)?;
+    Ok(match outcome.iter().all(|(_, ok)| *ok) {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+/// The guests that are guarded, and whether each is as quick as it was.
+pub fn guard() -> Result<Vec<(&'static str, bool)>> {
+    measure(&Args {
+        runs: 4,
+        only: None,
+        profile: true,
+        out: None,
+        update: false,
+        more: Vec::new(),
+    })
+}
+
+fn measure(args: &Args) -> Result<Vec<(&'static str, bool)>> {
+    apt::need(&[("mkfs.ext4", "e2fsprogs")])?;
+    let husk = host::step("building husk (release)", cargo::release_binary)?;
+    let temp = TempDir::new(&std::env::temp_dir(), "husk-boot-time")?;
+    let out = match &args.out {
+        Some(out) => out.clone(),
+        None => temp.path().join("out"),
+    };
+    fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
+    let baselines = host::workspace_root()?.join(BASELINES);
+    let mut outcome = Vec::new();
+    let all = [minimal()?, debian(temp.path())?];
+    let is_chosen = |guest: &&Guest| args.only.as_deref().is_none_or(|name| name == guest.name);
+    let guests: Vec<&Guest> = all.iter().filter(is_chosen).collect();
+    if guests.is_empty() {
+        bail!("--only takes `minimal` or `debian`");
+    }
+    for guest in guests {
+        let name = guest.name;
+        println!("==> {name}: boots on the testbed, instructions counted");
+        let baseline = baselines.join(format!("{name}.json"));
+        let known = !args.update && baseline.is_file();
+        let script = script(args, guest, &husk, known.then_some(&baseline));
+        let testbed = Testbed {
+            cpus: 1,
+            icount: true,
+            limit: Some(Duration::from_secs(900)),
+            out: Some(out.clone()),
+            ..Testbed::default()
+        };
+        let command = ["sh".to_owned(), "-c".to_owned(), script];
+        let finish = testbed.run(&command, &[], |text| {
+            use std::io::Write;
+            let _ = std::io::stdout().lock().write_all(text);
+        })?;
+        let status = finish.exit_status();
+        if args.update && status == 0 {
+            fs::create_dir_all(&baselines)
+                .and_then(|()| fs::copy(out.join(format!("{name}.json")), &baseline))
+                .with_context(|| format!("cannot write {}", baseline.display()))?;
+            println!("==> {name}: the new baseline is {BASELINES}/{name}.json");
+        } else if !known && !args.update {
+            bail!("there is no {}: make it with --update", baseline.display());
+        }
+        if status == 1 {
+            println!(
+                "==> {name}: slower than {BASELINES}/{name}.json by more than {MAX_REGRESSION}; where that is meant: cargo xtask boot-time --update"
+            );
+        }
+        outcome.push((name, status == 0));
+    }
+    Ok(outcome)
+}
+
+/// What the emulated host runs: copies, so that no request for a file leaps the virtual clock, and measures.
+fn script(args: &Args, guest: &Guest, husk: &Path, baseline: Option<&PathBuf>) -> String {
+    let quoted = |path: &Path| shell_quote(&path.display().to_string());
+    let mut script = String::from("set -e; mkdir /dev/shm/boot; cd /dev/shm/boot\n");
+    script += &format!("cp {} husk\n", quoted(husk));
+    let mut options = guest.options.clone();
+    for (number, (option, path, more)) in guest.files.iter().enumerate() {
+        script += &format!("cp {} {number}\n", quoted(path));
+        options += &format!(" {option} {number}{more}");
+    }
+    // What has just been written is hashed at each start; this sleep is virtual.
+    script += "sleep 10\n";
+    let name = guest.name;
+    script += &format!(
+        "exec ./husk bench boot {options} --runs {} --warm-ups 1 --json /out/{name}.json --html /out/{name}.html",
+        args.runs
+    );
+    if let Some(baseline) = baseline {
+        script += &format!(
+            " --baseline {} --max-regression {MAX_REGRESSION}",
+            quoted(baseline)
+        );
+    }
+    if args.profile {
+        script += " --profile";
+    }
+    for word in &args.more {
+        script += &format!(" {}", shell_quote(word));
+    }
+    script
+}
+
+/// The minimal kernel alone, to Husk's own init.
+fn minimal() -> Result<Guest> {
+    Ok(Guest {
+        name: "minimal",
+        options: "--memory 128M --cmdline quiet".into(),
+        files: vec![("--kernel", kernel::ensure()?, "")],
+    })
+}
+
+/// Debian's cloud kernel, with its modules, until it has mounted a disk.
+fn debian(temp: &Path) -> Result<Guest> {
+    let demo = demo::ensure()?;
+    let disk = temp.join("root.ext4");
+    let mut mkfs = Command::new("mkfs.ext4");
+    mkfs.args(["-q", "-F"]).arg(&disk).arg("64M");
+    host::run_quiet(&mut mkfs)?;
+    let mut builder = husk_loader::initramfs::Builder::new(demo.busybox);
+    builder.modules_dir = Some(demo.modules);
+    builder.modules.extend(MODULES.map(str::to_owned));
+    builder.script = Some(SCRIPT.into());
+    let initrd = temp.join("initrd");
+    host::write_atomically(&initrd, &builder.build()?)?;
+    Ok(Guest {
+        name: "debian",
+        options: format!("--memory 256M --cmdline 'quiet {}' --mark '{MOUNTED}'", std::env::var("BT").unwrap_or_default()),
+        files: vec![
+            ("--kernel", demo.vmlinuz, ""),
+            ("--initrd", initrd, ""),
+            ("--disk", disk, ",ro"),
+        ],
+    })
+}
