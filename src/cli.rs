@@ -156,7 +156,12 @@ pub struct BootOptions {
     pub baseline: Option<PathBuf>,
 
     /// How much slower than the baseline is allowed
-    #[arg(long, value_name = "PERCENT", default_value = "5%")]
+    #[arg(
+        long,
+        value_name = "PERCENT",
+        default_value = "5%",
+        allow_negative_numbers = true
+    )]
     pub max_regression: Percent,
 
     /// Measure this command too, another monitor with its arguments, by turns

@@ -8,6 +8,8 @@ mod any_json;
 mod api;
 #[path = "smoke/bad_clients.rs"]
 mod bad_clients;
+#[path = "smoke/bench.rs"]
+mod bench;
 mod common;
 #[path = "smoke/errors.rs"]
 mod errors;

@@ -15,6 +15,8 @@ fn main() {
         .args(["-Wl,-z,noseparate-code", "-Wl,--build-id=none", "-o"])
         .arg(Path::new(&folder).join("mark"))
         .arg(SOURCE);
-    let status = cc.status().expect("cc, the linker that Rust calls, can be started");
+    let status = cc
+        .status()
+        .expect("cc, the linker that Rust calls, can be started");
     assert!(status.success(), "cc cannot assemble {SOURCE}");
 }

@@ -57,7 +57,7 @@ const MAX_FILE: u64 = 1 << 20;
 /// - `cryptomgr.notests`: kernels with their cryptography built in try all of it when they boot, which is half of the boot of
 ///   Debian's cloud kernel. With `fips=1` Linux tests nevertheless.
 pub const DEFAULT_BOOT_ARGS: &str = "console=ttyS0 reboot=panic_warm panic=-1 pci=off 8250.nr_uarts=1 \
-     i8042.noaux i8042.nokbd i8042.nopnp i8042.dumbkbd no_timer_check tsc=reliable \
+     i8042.noaux i8042.nokbd i8042.dumbkbd no_timer_check tsc=reliable \
      cryptomgr.notests";
 
 /// [`DEFAULT_BOOT_ARGS`], with PCI left on for a VM that has it.
@@ -316,7 +316,7 @@ impl VmConfig {
     pub fn default_boot_args(&self) -> String {
         let line = default_boot_args(self.pci);
         match self.keyboard {
-            true => line.replace(" i8042.nokbd i8042.nopnp i8042.dumbkbd", ""),
+            true => line.replace(" i8042.nokbd i8042.dumbkbd", ""),
             false => line,
         }
     }

@@ -101,8 +101,9 @@ pub fn watch(
         watched.add(own, marks);
     }
     if program.husk.is_some() && status.code() == Some(USAGE) && watched.phases.len() <= 1 {
-        let said = watched.errors.last_lines().pop();
-        return Ok(Ended::Refused(said.unwrap_or_default()));
+        let said = watched.errors.last_lines().pop().unwrap_or_default();
+        let said = said.strip_prefix("husk: ").unwrap_or(&said);
+        return Ok(Ended::Refused(said.to_owned()));
     }
     // A monitor that was told to end at its mark has ended, but not as its guest wanted.
     let by_itself = ending == Ending::ByItself

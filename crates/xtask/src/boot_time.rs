@@ -19,7 +19,8 @@ const MAX_REGRESSION: &str = "5%";
 /// The modules that Debian's cloud kernel needs to mount a disk.
 const MODULES: [&str; 4] = ["virtio_mmio", "virtio_blk", "crc32c_generic", "ext4"];
 /// What the guest does first when it has these.
-const SCRIPT: &str = "mkdir /mnt; mount -t ext4 -o ro /dev/vda /mnt && echo 'husk: root is mounted'\n";
+const SCRIPT: &str =
+    "mkdir /mnt; mount -t ext4 -o ro /dev/vda /mnt && echo 'husk: root is mounted'\n";
 /// The line that says so.
 const MOUNTED: &str = "husk: root is mounted";
 
@@ -186,7 +187,10 @@ fn debian(temp: &Path) -> Result<Guest> {
     host::write_atomically(&initrd, &builder.build()?)?;
     Ok(Guest {
         name: "debian",
-        options: format!("--memory 256M --cmdline 'quiet {}' --mark '{MOUNTED}'", std::env::var("BT").unwrap_or_default()),
+        options: format!(
+            "--memory 256M --cmdline 'quiet {}' --mark '{MOUNTED}'",
+            std::env::var("BT").unwrap_or_default()
+        ),
         files: vec![
             ("--kernel", demo.vmlinuz, ""),
             ("--initrd", initrd, ""),
