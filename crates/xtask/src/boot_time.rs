@@ -21,6 +21,8 @@ const MODULES: [&str; 4] = ["virtio_mmio", "virtio_blk", "crc32c_generic", "ext4
 /// What the guest does first when it has these.
 const SCRIPT: &str =
     "mkdir /mnt; mount -t ext4 -o ro /dev/vda /mnt && echo 'husk: root is mounted'\n";
+/// Exit status of the script when a planted regression is not caught.
+const UNCAUGHT: u8 = 99;
 /// The line that says so.
 const MOUNTED: &str = "husk: root is mounted";
 
@@ -36,6 +38,9 @@ pub struct Args {
     /// Let the kernels tell of their initcalls
     #[arg(long)]
     profile: bool,
+    /// Make each guest slower by a kernel parameter, too, and see that this is caught and the initcall named
+    #[arg(long, conflicts_with = "update")]
+    planted: bool,
     /// Write reports (JSON and HTML) into this folder
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
@@ -50,8 +55,10 @@ pub struct Args {
 /// A guest whose boot is guarded.
 struct Guest {
     name: &'static str,
-    /// Options for `husk bench boot`, but for files.
+    /// Options for `husk bench boot`, but for files and kernel parameters.
     options: String,
+    /// A kernel parameter that makes it slower, and the initcall in which it does. It must be caught.
+    planted: (&'static str, &'static str),
     /// Files, with the options that name them. They are copied into the emulated host's memory.
     files: Vec<(&'static str, PathBuf, &'static str)>,
 }
@@ -71,6 +78,7 @@ pub fn guard() -> Result<Vec<(&'static str, bool)>> {
         runs: 4,
         only: None,
         profile: true,
+        planted: true,
         out: None,
         update: false,
         more: Vec::new(),
@@ -126,6 +134,10 @@ fn measure(args: &Args) -> Result<Vec<(&'static str, bool)>> {
                 "==> {name}: slower than {BASELINES}/{name}.json by more than {MAX_REGRESSION}; where that is meant: cargo xtask boot-time --update"
             );
         }
+        if status == UNCAUGHT {
+            let (parameter, initcall) = guest.planted;
+            println!("==> {name}: {parameter} makes {initcall} slower, and that was not told");
+        }
         outcome.push((name, status == 0));
     }
     Ok(outcome)
@@ -144,8 +156,10 @@ fn script(args: &Args, guest: &Guest, husk: &Path, baseline: Option<&PathBuf>) -
     // What has just been written is hashed at each start; this sleep is virtual.
     script += "sleep 10\n";
     let name = guest.name;
+    let bench = |cmdline: &str| format!("./husk bench boot {options} --cmdline 'quiet {cmdline}'");
     script += &format!(
-        "exec ./husk bench boot {options} --runs {} --warm-ups 1 --json /out/{name}.json --html /out/{name}.html",
+        "set +e; {} --runs {} --warm-ups 1 --json /out/{name}.json --html /out/{name}.html",
+        bench(""),
         args.runs
     );
     if let Some(baseline) = baseline {
@@ -154,20 +168,33 @@ fn script(args: &Args, guest: &Guest, husk: &Path, baseline: Option<&PathBuf>) -
             quoted(baseline)
         );
     }
-    if args.profile {
+    if args.profile || args.planted {
         script += " --profile";
     }
     for word in &args.more {
         script += &format!(" {}", shell_quote(word));
     }
-    script
+    script += "\nstatus=$?\n";
+    if args.planted {
+        let (parameter, initcall) = guest.planted;
+        script += &format!(
+            "{} --runs 2 --warm-ups 0 --profile --quiet --baseline /out/{name}.json >told 2>&1\n\
+             if [ $? = 1 ] && sed -n '/initcalls that moved/,$p' told | grep -w {initcall}; then\n\
+             echo '{parameter} was caught'\n\
+             else cat told; exit {UNCAUGHT}; fi\n",
+            bench(parameter)
+        );
+    }
+    script + "exit $status\n"
 }
 
 /// The minimal kernel alone, to Husk's own init.
 fn minimal() -> Result<Guest> {
     Ok(Guest {
         name: "minimal",
-        options: "--memory 128M --cmdline quiet".into(),
+        options: "--memory 128M".into(),
+        // It sleeps until there is a network device, for 12 s.
+        planted: ("ip=dhcp", "ip_auto_config"),
         files: vec![("--kernel", kernel::ensure()?, "")],
     })
 }
@@ -187,10 +214,9 @@ fn debian(temp: &Path) -> Result<Guest> {
     host::write_atomically(&initrd, &builder.build()?)?;
     Ok(Guest {
         name: "debian",
-        options: format!(
-            "--memory 256M --cmdline 'quiet {}' --mark '{MOUNTED}'",
-            std::env::var("BT").unwrap_or_default()
-        ),
+        options: format!("--memory 256M --mark '{MOUNTED}'"),
+        // It tries the cryptography that is built in.
+        planted: ("cryptomgr.notests=0", "crypto_algapi_init"),
         files: vec![
             ("--kernel", demo.vmlinuz, ""),
             ("--initrd", initrd, ""),

@@ -1,6 +1,7 @@
 //! `cargo xtask test`: every test of the project.
 
 use crate::apt;
+use crate::boot_time;
 use crate::cargo::{self, TestProgram};
 use crate::clients;
 use crate::demo::{self, Demo};
@@ -45,6 +46,9 @@ const TOOLS: &[(&str, &str)] = &[
 /// How often an emulated host that hangs or ends by itself is replaced. The tests that it had not come to run on the next.
 const REPLACEMENTS: usize = 2;
 
+/// Boot times against those that are committed.
+const BOOT_TIME: &str = "boot-time";
+
 /// The tests that drive Husk by clients of others.
 const CLIENTS: &str = "clients";
 
@@ -57,7 +61,7 @@ pub struct Args {
     /// Run the end-to-end tests on the testbed
     #[arg(long)]
     testbed: bool,
-    /// Only these: `unit`, `smoke`, a file of tests/, or a package (default: all)
+    /// Only these: `unit`, `smoke`, `boot-time`, a file of tests/, or a package (default: all)
     #[arg(value_name = "NAME")]
     names: Vec<String>,
     /// Arguments for the test programs, such as a filter
@@ -125,6 +129,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             run_on_testbed(&end_to_end, &env, &args.program_args, &mut tally)?;
         }
     }
+    if args.names.is_empty() || args.names.iter().any(|name| name == BOOT_TIME) {
+        for (guest, ok) in boot_time::guard()? {
+            let outcome = if ok { "ok" } else { "FAILED" };
+            println!("test {BOOT_TIME}: {guest} ... {outcome}");
+            tally.passed += u64::from(ok);
+            tally.failed += u64::from(!ok);
+        }
+    }
     println!("{} passed, {} failed", tally.passed, tally.failed);
     Ok(if tally.failed == 0 {
         ExitCode::SUCCESS
@@ -152,14 +164,15 @@ fn choose<'a>(programs: &'a [TestProgram], names: &[String]) -> Result<Vec<&'a T
         _ => program.package == name,
     };
     for name in names {
-        if name != "unit" && !programs.iter().any(|program| is(program, name)) {
+        let is_ours = ["unit", BOOT_TIME].contains(&name.as_str());
+        if !is_ours && !programs.iter().any(|program| is(program, name)) {
             let known: Vec<&str> = programs
                 .iter()
                 .filter(|p| p.integration)
                 .map(|p| p.target.as_str())
                 .collect();
             bail!(
-                "no tests are called {name}: say unit, a package, or one of {}",
+                "no tests are called {name}: say unit, {BOOT_TIME}, a package, or one of {}",
                 known.join(", ")
             );
         }
