@@ -1,11 +1,11 @@
 //! `cargo xtask boot-time`: Husk's own boot times, guarded by its own benchmark, on the testbed with instructions counted.
 
 use crate::apt;
+use crate::bench_boot;
 use crate::cargo;
 use crate::demo;
 use crate::host::{self, TempDir, shell_quote};
 use crate::kernel;
-use crate::testbed::Testbed;
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -108,19 +108,7 @@ fn measure(args: &Args) -> Result<Vec<(&'static str, bool)>> {
         let baseline = baselines.join(format!("{name}.json"));
         let known = !args.update && baseline.is_file();
         let script = script(args, guest, &husk, known.then_some(&baseline));
-        let testbed = Testbed {
-            cpus: 1,
-            icount: true,
-            limit: Some(Duration::from_secs(900)),
-            out: Some(out.clone()),
-            ..Testbed::default()
-        };
-        let command = ["sh".to_owned(), "-c".to_owned(), script];
-        let finish = testbed.run(&command, &[], |text| {
-            use std::io::Write;
-            let _ = std::io::stdout().lock().write_all(text);
-        })?;
-        let status = finish.exit_status();
+        let status = bench_boot::on_testbed(&script, &out, Duration::from_secs(900))?;
         if args.update && status == 0 {
             fs::create_dir_all(&baselines)
                 .and_then(|()| fs::copy(out.join(format!("{name}.json")), &baseline))
@@ -143,22 +131,20 @@ fn measure(args: &Args) -> Result<Vec<(&'static str, bool)>> {
     Ok(outcome)
 }
 
-/// What the emulated host runs: copies, so that no request for a file leaps the virtual clock, and measures.
+/// What the emulated host runs.
 fn script(args: &Args, guest: &Guest, husk: &Path, baseline: Option<&PathBuf>) -> String {
     let quoted = |path: &Path| shell_quote(&path.display().to_string());
-    let mut script = String::from("set -e; mkdir /dev/shm/boot; cd /dev/shm/boot\n");
-    script += &format!("cp {} husk\n", quoted(husk));
     let mut options = guest.options.clone();
-    for (number, (option, path, more)) in guest.files.iter().enumerate() {
-        script += &format!("cp {} {number}\n", quoted(path));
-        options += &format!(" {option} {number}{more}");
+    for (option, path, more) in &guest.files {
+        options += &format!(" {option} {}{more}", quoted(path));
     }
-    // What has just been written is hashed at each start; this sleep is virtual.
-    script += "sleep 10\n";
+    let files = guest.files.iter().map(|(_, path, _)| path.as_path());
+    let mut script = bench_boot::bring_near(files.chain([husk]));
     let name = guest.name;
-    let bench = |cmdline: &str| format!("./husk bench boot {options} --cmdline 'quiet {cmdline}'");
+    let husk = quoted(husk);
+    let bench = |cmdline: &str| format!("{husk} bench boot {options} --cmdline 'quiet {cmdline}'");
     script += &format!(
-        "set +e; {} --runs {} --warm-ups 1 --json /out/{name}.json --html /out/{name}.html",
+        "{} --runs {} --warm-ups 1 --json /out/{name}.json --html /out/{name}.html",
         bench(""),
         args.runs
     );

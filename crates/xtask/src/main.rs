@@ -8,6 +8,7 @@
 mod apt;
 mod bench;
 mod bench_api;
+mod bench_boot;
 mod bench_devices;
 mod boot_time;
 mod cargo;
@@ -44,6 +45,8 @@ enum Command {
     Kernel,
     /// Measure start-up time, memory and size beside the floor and QEMU microvm
     Bench(bench::Args),
+    /// Run `husk bench boot` on the testbed, where the clock counts instructions
+    BenchBoot(bench_boot::Args),
     /// Measure how long guests take to boot, and compare with what is committed
     BootTime(boot_time::Args),
     /// Time boots to init; what `bench` runs on the testbed
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Command::Testbed(args) => testbed::run(&args),
         Command::Kernel => kernel::run(),
         Command::Bench(args) => bench::run(&args),
+        Command::BenchBoot(args) => bench_boot::run(&args),
         Command::BootTime(args) => boot_time::run(&args),
         Command::BenchInner(args) => bench::run_inner(&args),
         Command::BenchApiInner(args) => bench_api::run_inner(&args),
