@@ -239,7 +239,7 @@ fn plan(arguments: &BootArgs, config: &VmConfig, init: Option<&File>) -> Result<
     let own = std::env::current_exe()
         .map_err(|e| Failure::host(format!("this program's path is unknown: {e}")))?;
     let mut command = vec![own.into_os_string(), "run".into()];
-    command.extend(words_of_run());
+    command.extend(without_run_options(&words_of_run(), &OF_MEASUREMENTS));
     let mut more = Vec::new();
     let of_file = &config.boot_source.kernel_image_path;
     let kernel = match &arguments.run.kernel {
@@ -258,6 +258,7 @@ fn plan(arguments: &BootArgs, config: &VmConfig, init: Option<&File>) -> Result<
     }
     let husk = Husk {
         more,
+        counted: without_run_options(&command, &["no-seccomp", "seccomp-filter"]),
         profiled: profiled(&command, &arguments.run, config),
         kernel,
     };
@@ -318,18 +319,25 @@ fn profiled(command: &[OsString], run: &RunArgs, config: &VmConfig) -> Vec<OsStr
         (None, Some(line)) if !run.no_default_cmdline => (line.as_str(), true),
         (None, _) => ("", run.no_default_cmdline),
     };
-    let run = RunArgs::augment_args(Command::new(HUSK));
-    let without = run.get_arguments().filter(|option| {
-        let name = option.get_long();
-        name == Some("cmdline") || name == Some("no-default-cmdline")
-    });
-    let mut words = without_options(command.iter().cloned(), &without.collect::<Vec<_>>());
+    let mut words = without_run_options(command, &["cmdline", "no-default-cmdline"]);
     let line = format!("{line} {TELL_INITCALLS}");
     words.extend(["--cmdline".into(), line.trim_start().into()]);
     if alone {
         words.push("--no-default-cmdline".into());
     }
     words
+}
+
+/// Options of `husk run` that a measurement gives itself, or that say what it says better.
+const OF_MEASUREMENTS: [&str; 4] = ["timeline", "timeline-file", "exits", "stop-at-mark"];
+
+/// `words` without some options of `husk run`, by their long names.
+fn without_run_options(words: &[OsString], names: &[&str]) -> Vec<OsString> {
+    let run = RunArgs::augment_args(Command::new(HUSK));
+    let options = run.get_arguments();
+    let options =
+        options.filter(|option| option.get_long().is_some_and(|name| names.contains(&name)));
+    without_options(words.iter().cloned(), &options.collect::<Vec<_>>())
 }
 
 /// The words of this process's command line that are for `husk run`.

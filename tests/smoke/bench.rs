@@ -109,6 +109,21 @@ fn boots_are_measured_and_reported() {
     assert!(told[6].starts_with("7/7 measuring husk: "), "{}", told[6]);
 }
 
+/// They are the measurement's own, or in the way of one of its runs.
+#[test]
+fn options_of_the_monitor_that_a_measurement_gives_itself_may_be_given() {
+    for options in [
+        &["--no-seccomp", "--exits", "--timeline", "--stop-at-mark"][..],
+        &["--timeline-file", "/dev/null", "--pci", "-c", "2"],
+    ] {
+        let mut command = bench("POWER_OFF", &["--runs", "1", "--quiet", "--profile"]);
+        command.args(options);
+        let ended = finish(command);
+        ended.expect_status(0);
+        assert_eq!(ended.stderr, "");
+    }
+}
+
 #[test]
 fn a_baseline_tells_slower_from_not() {
     let dir = temp_dir();

@@ -52,8 +52,10 @@ pub fn watch(
     let mut file = None;
     let mut words = program.command.clone();
     if let Some(husk) = &program.husk {
-        if kind == Kind::Profile {
-            words.clone_from(&husk.profiled);
+        match kind {
+            Kind::Profile => words.clone_from(&husk.profiled),
+            Kind::Counting => words.clone_from(&husk.counted),
+            Kind::WarmUp | Kind::Measured => {}
         }
         words.extend(husk.more.iter().cloned());
         let memory = memfd_create("timeline", MemfdFlags::CLOEXEC);

@@ -65,6 +65,8 @@ pub struct Program {
 pub struct Husk {
     /// Arguments that mean something in this process alone; the report does not show them.
     pub more: Vec<OsString>,
+    /// The command of a run that counts, without seccomp options.
+    pub counted: Vec<OsString>,
     /// The command of a run whose kernel tells of its initcalls.
     pub profiled: Vec<OsString>,
     /// The kernel.
