@@ -46,6 +46,17 @@ pub enum Error {
         /// Why.
         source: errno::Error,
     },
+    /// State of another KVM or processor, or none.
+    #[error("the snapshot's {0} is not what this KVM takes")]
+    State(&'static str, #[source] errno::Error),
+    /// An MSR of a snapshot.
+    #[error("this KVM does not take {value:#x} in MSR {index:#x} of the snapshot")]
+    Msr {
+        /// Which.
+        index: u32,
+        /// What it should become.
+        value: u64,
+    },
     /// Any other ioctl.
     #[error("the KVM call {0} failed")]
     Ioctl(&'static str, #[source] errno::Error),

@@ -5,12 +5,14 @@
 
 mod error;
 mod routes;
+mod state;
 mod vcpu;
 mod vm;
 
 pub use error::Error;
 pub use kvm_bindings as bindings;
 pub use routes::MsiVectors;
+pub use state::{VcpuState, VmState};
 pub use vcpu::{Exit, Vcpu};
 pub use vm::Vm;
 
@@ -71,6 +73,13 @@ impl Kvm {
     /// KVM has the capability of this number (`KVM_CAP_…`).
     pub fn has_capability(&self, number: u32) -> bool {
         self.fd.check_extension_raw(number.into()) > 0
+    }
+
+    /// MSRs that are part of a vCPU's state (KVM_GET_MSR_INDEX_LIST).
+    pub fn state_msrs(&self) -> Result<Vec<u32>, Error> {
+        let list = self.fd.get_msr_index_list();
+        let list = list.map_err(|e| Error::Ioctl("KVM_GET_MSR_INDEX_LIST", e))?;
+        Ok(list.as_slice().to_vec())
     }
 
     /// Most vCPUs of one VM.

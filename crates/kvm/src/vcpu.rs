@@ -13,7 +13,7 @@ const RFLAGS_IF: u64 = 1 << 9;
 /// A vCPU. It belongs to one thread, the one that runs it.
 #[derive(Debug)]
 pub struct Vcpu {
-    fd: VcpuFd,
+    pub(crate) fd: VcpuFd,
     run_size: usize,
 }
 
@@ -209,7 +209,7 @@ fn one_msr(index: u32, data: u64, call: &'static str) -> Result<Msrs, Error> {
     Msrs::from_entries(&[entry]).map_err(|_| Error::Ioctl(call, libc_error(libc::E2BIG)))
 }
 
-fn libc_error(code: i32) -> vmm_sys_util::errno::Error {
+pub(crate) fn libc_error(code: i32) -> vmm_sys_util::errno::Error {
     vmm_sys_util::errno::Error::new(code)
 }
 

@@ -1,0 +1,328 @@
+//! What KVM knows of a VM and its vCPUs, to be kept and put back.
+//!
+//! In serialised form each part is the bytes of KVM's own structure, which is ABI and only ever grows at its end; what an older
+//! host has not told is zero.
+
+use crate::vcpu::libc_error;
+use crate::{Error, Vcpu, Vm};
+use kvm_bindings::{
+    CpuId, KVM_CLOCK_TSC_STABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::errno;
+
+/// IA32_TSC_DEADLINE. KVM forgets it when the local APIC's timer is set, so it comes after that.
+const TSC_DEADLINE: u32 = 0x6e0;
+/// As many MSRs as one call takes.
+const MSRS_AT_ONCE: usize = 128;
+
+/// A vCPU between two calls of [`Vcpu::run`].
+#[derive(Debug, Serialize, Deserialize)]
+pub struct VcpuState {
+    /// What the guest sees of the processor.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// Frequency of the guest's TSC.
+    pub tsc_khz: Option<u32>,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: kvm_xsave,
+    xcrs: kvm_xcrs,
+    debug_regs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    events: kvm_vcpu_events,
+    mp_state: kvm_mp_state,
+    /// Index and value.
+    msrs: Vec<(u32, u64)>,
+}
+
+/// Interrupt controllers, timer and clock of a VM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmState {
+    pic_master: kvm_irqchip,
+    pic_slave: kvm_irqchip,
+    ioapic: kvm_irqchip,
+    pit: kvm_pit_state2,
+    clock: kvm_clock_data,
+}
+
+fn failed(call: &'static str) -> impl Fn(errno::Error) -> Error {
+    move |e| Error::Ioctl(call, e)
+}
+
+fn refused(part: &'static str) -> impl Fn(errno::Error) -> Error {
+    move |e| Error::State(part, e)
+}
+
+impl Vcpu {
+    /// All of the vCPU's state. `msrs` are those of [`crate::Kvm::state_msrs`]. Between two calls of [`Vcpu::run`], of which the
+    /// last was interrupted: what an `in` or a load waits for is not part of it.
+    pub fn state(&self, msrs: &[u32]) -> Result<VcpuState, Error> {
+        let fd = &self.fd;
+        // Before all others: KVM takes pending INITs into account here, and changes other state with it.
+        let mp_state = fd.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
+        let regs = self.regs()?;
+        let sregs = self.sregs()?;
+        let xsave = fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?;
+        let xcrs = fd.get_xcrs().map_err(failed("KVM_GET_XCRS"))?;
+        let debug_regs = fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?;
+        let lapic = fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
+        let cpuid = fd
+            .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+            .map_err(failed("KVM_GET_CPUID2"))?;
+        let msrs = self.msrs(msrs)?;
+        // Behind the others, which may make events of what is pending.
+        let events = fd
+            .get_vcpu_events()
+            .map_err(failed("KVM_GET_VCPU_EVENTS"))?;
+        Ok(VcpuState {
+            cpuid: cpuid.as_slice().to_vec(),
+            tsc_khz: fd.get_tsc_khz().ok(),
+            regs,
+            sregs,
+            xsave,
+            xcrs,
+            debug_regs,
+            lapic,
+            events,
+            mp_state,
+            msrs,
+        })
+    }
+
+    /// Make this vCPU, which has not run, what `state` was.
+    pub fn restore(&self, state: &VcpuState) -> Result<(), Error> {
+        let fd = &self.fd;
+        let cpuid = CpuId::from_entries(&state.cpuid)
+            .map_err(|_| Error::State("CPUID", libc_error(libc::E2BIG)))?;
+        fd.set_cpuid2(&cpuid).map_err(refused("CPUID"))?;
+        if let Some(khz) = state.tsc_khz.filter(|khz| fd.get_tsc_khz() != Ok(*khz)) {
+            fd.set_tsc_khz(khz).map_err(refused("TSC frequency"))?;
+        }
+        // The APIC's base is in the special registers, and decides what the APIC's state means.
+        fd.set_mp_state(state.mp_state)
+            .map_err(refused("multiprocessing state"))?;
+        fd.set_sregs(&state.sregs)
+            .map_err(refused("special registers"))?;
+        fd.set_regs(&state.regs)
+            .map_err(refused("general registers"))?;
+        fd.set_xcrs(&state.xcrs)
+            .map_err(refused("extended control registers"))?;
+        // SAFETY: KVM reads as much as the vCPU's features need, at most the 4096 bytes that are there: it offers more, by
+        // KVM_CAP_XSAVE2, only to processes that have asked for features with more (arch_prctl), and Husk does not.
+        unsafe { fd.set_xsave(&state.xsave) }.map_err(refused("floating-point state"))?;
+        fd.set_debug_regs(&state.debug_regs)
+            .map_err(refused("debug registers"))?;
+        fd.set_lapic(&state.lapic).map_err(refused("local APIC"))?;
+        let (deadline, others): (Vec<_>, Vec<_>) = state
+            .msrs
+            .iter()
+            .copied()
+            .partition(|&(index, _)| index == TSC_DEADLINE);
+        self.restore_msrs(&others)?;
+        self.restore_msrs(&deadline)?;
+        fd.set_vcpu_events(&state.events)
+            .map_err(refused("pending events"))
+    }
+
+    /// Values of those of `indices` that this vCPU has.
+    fn msrs(&self, indices: &[u32]) -> Result<Vec<(u32, u64)>, Error> {
+        let mut values = Vec::with_capacity(indices.len());
+        let mut rest = indices;
+        while !rest.is_empty() {
+            let some = &rest[..rest.len().min(MSRS_AT_ONCE)];
+            let entries: Vec<kvm_msr_entry> = some
+                .iter()
+                .map(|&index| kvm_msr_entry {
+                    index,
+                    ..Default::default()
+                })
+                .collect();
+            let mut msrs = Msrs::from_entries(&entries)
+                .map_err(|_| Error::Ioctl("KVM_GET_MSRS", libc_error(libc::E2BIG)))?;
+            let done = self
+                .fd
+                .get_msrs(&mut msrs)
+                .map_err(failed("KVM_GET_MSRS"))?;
+            let got = msrs.as_slice().iter().take(done);
+            values.extend(got.map(|entry| (entry.index, entry.data)));
+            // It stops at the first that the guest's processor does not have.
+            rest = rest
+                .get(done + usize::from(done < some.len())..)
+                .unwrap_or_default();
+        }
+        Ok(values)
+    }
+
+    fn restore_msrs(&self, values: &[(u32, u64)]) -> Result<(), Error> {
+        for some in values.chunks(MSRS_AT_ONCE) {
+            let entries: Vec<kvm_msr_entry> = some
+                .iter()
+                .map(|&(index, data)| kvm_msr_entry {
+                    index,
+                    data,
+                    ..Default::default()
+                })
+                .collect();
+            let msrs = Msrs::from_entries(&entries)
+                .map_err(|_| Error::Ioctl("KVM_SET_MSRS", libc_error(libc::E2BIG)))?;
+            let done = self.fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
+            if let Some(&(index, value)) = some.get(done) {
+                return Err(Error::Msr { index, value });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Vm {
+    /// All but the vCPUs and memory. No vCPU may run meanwhile.
+    pub fn state(&self) -> Result<VmState, Error> {
+        let chip = |chip_id| -> Result<kvm_irqchip, Error> {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..Default::default()
+            };
+            self.fd
+                .get_irqchip(&mut chip)
+                .map_err(failed("KVM_GET_IRQCHIP"))?;
+            Ok(chip)
+        };
+        let mut clock = self.fd.get_clock().map_err(failed("KVM_GET_CLOCK"))?;
+        // Only KVM_GET_CLOCK has it.
+        clock.flags &= !KVM_CLOCK_TSC_STABLE;
+        Ok(VmState {
+            pic_master: chip(KVM_IRQCHIP_PIC_MASTER)?,
+            pic_slave: chip(KVM_IRQCHIP_PIC_SLAVE)?,
+            ioapic: chip(KVM_IRQCHIP_IOAPIC)?,
+            pit: self.fd.get_pit2().map_err(failed("KVM_GET_PIT2"))?,
+            clock,
+        })
+    }
+
+    /// Put back what [`Vm::state`] told, into a VM with interrupt controllers and vCPUs, of which none has run. The guest's
+    /// clock goes on from where it was; with `realtime` it has not stood still in between, where the host then told its wall clock.
+    pub fn restore(&self, state: &VmState, realtime: bool) -> Result<(), Error> {
+        for (chip, id, part) in [
+            (&state.pic_master, KVM_IRQCHIP_PIC_MASTER, "first 8259"),
+            (&state.pic_slave, KVM_IRQCHIP_PIC_SLAVE, "second 8259"),
+            (&state.ioapic, KVM_IRQCHIP_IOAPIC, "I/O APIC"),
+        ] {
+            if chip.chip_id != id {
+                return Err(Error::State(part, libc_error(libc::EINVAL)));
+            }
+            self.fd.set_irqchip(chip).map_err(refused(part))?;
+        }
+        self.fd.set_pit2(&state.pit).map_err(refused("PIT"))?;
+        let mut clock = state.clock;
+        if !realtime {
+            clock.flags &= !kvm_bindings::KVM_CLOCK_REALTIME;
+        }
+        self.fd.set_clock(&clock).map_err(refused("clock"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Exit, Kvm};
+
+    const TSS: u64 = 0xfffb_d000;
+    const CODE: u64 = 0x1000;
+
+    /// A VM of one page at [`CODE`] that counts: `inc ax; out 0x10, ax; jmp`.
+    fn counter(kvm: &Kvm) -> (Vm, Vcpu) {
+        let page = Box::leak(vec![0u8; 2 << 12].into_boxed_slice());
+        let host = page.as_mut_ptr() as u64;
+        let aligned = host.next_multiple_of(1 << 12);
+        let start = (aligned - host) as usize;
+        page[start..start + 5].copy_from_slice(&[0x40, 0xe7, 0x10, 0xeb, 0xfb]);
+        let vm = kvm.create_vm().unwrap();
+        // SAFETY: the page is there for ever, and nobody else's.
+        unsafe { vm.set_memory_slot(0, CODE, 1 << 12, aligned, false) }.unwrap();
+        vm.create_interrupt_controllers(TSS).unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        vcpu.set_cpuid(&kvm.supported_cpuid().unwrap()).unwrap();
+        (vm, vcpu)
+    }
+
+    fn next(vcpu: &mut Vcpu) -> u16 {
+        match vcpu.run().unwrap() {
+            Exit::PortOut {
+                port: 0x10, data, ..
+            } => u16::from_le_bytes([data[0], data[1]]),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Let the instruction be over that the last exit was for.
+    fn settle(vcpu: &mut Vcpu) {
+        vcpu.fd.set_kvm_immediate_exit(1);
+        assert!(matches!(vcpu.run().unwrap(), Exit::Interrupted));
+        vcpu.fd.set_kvm_immediate_exit(0);
+    }
+
+    #[test]
+    fn a_guest_goes_on_in_another_vm() {
+        let kvm = Kvm::open().unwrap();
+        let msrs = kvm.state_msrs().unwrap();
+        let (vm, mut vcpu) = counter(&kvm);
+        let mut sregs = vcpu.sregs().unwrap();
+        (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        vcpu.set_sregs(&sregs).unwrap();
+        vcpu.set_regs(&kvm_regs {
+            rip: CODE,
+            rflags: 2,
+            ..Default::default()
+        })
+        .unwrap();
+        assert_eq!([next(&mut vcpu), next(&mut vcpu)], [1, 2]);
+        settle(&mut vcpu);
+        const KERNEL_GS_BASE: u32 = 0xc000_0102;
+        assert!(vcpu.set_msr(KERNEL_GS_BASE, 7).unwrap());
+        let text = serde_json::to_string(&(vm.state().unwrap(), vcpu.state(&msrs).unwrap()));
+        let (vm_state, state): (VmState, VcpuState) = serde_json::from_str(&text.unwrap()).unwrap();
+        let (other, mut next_vcpu) = counter(&kvm);
+        other.restore(&vm_state, false).unwrap();
+        next_vcpu.restore(&state).unwrap();
+        assert_eq!(next_vcpu.msr(KERNEL_GS_BASE).unwrap(), Some(7));
+        assert_eq!([next(&mut next_vcpu), next(&mut next_vcpu)], [3, 4]);
+        // And the first one goes on as if nothing had been.
+        assert_eq!(next(&mut vcpu), 3);
+    }
+
+    #[test]
+    fn state_that_kvm_refuses_is_named() {
+        let kvm = Kvm::open().unwrap();
+        let (vm, vcpu) = counter(&kvm);
+        let msrs = kvm.state_msrs().unwrap();
+        let good = || vcpu.state(&msrs).unwrap();
+        let mut bad = good();
+        // Reserved bits of CR4.
+        bad.sregs.cr4 = u64::MAX;
+        let error = vcpu.restore(&bad).unwrap_err();
+        assert!(error.to_string().contains("special registers"), "{error}");
+        let mut bad = good();
+        bad.msrs.push((0xdead_0000, 1));
+        let error = vcpu.restore(&bad).unwrap_err();
+        assert!(error.to_string().contains("0xdead0000"), "{error}");
+        let mut bad = vm.state().unwrap();
+        bad.ioapic.chip_id = 9;
+        let error = vm.restore(&bad, false).unwrap_err();
+        assert!(error.to_string().contains("I/O APIC"), "{error}");
+        vcpu.restore(&good()).unwrap();
+    }
+
+    #[test]
+    fn the_guests_clock_goes_on() {
+        let kvm = Kvm::open().unwrap();
+        let (vm, _vcpu) = counter(&kvm);
+        let mut state = vm.state().unwrap();
+        state.clock.clock = 5_000_000_000;
+        vm.restore(&state, false).unwrap();
+        let now = vm.state().unwrap().clock.clock;
+        assert!((5_000_000_000..6_000_000_000).contains(&now), "{now}");
+    }
+}
