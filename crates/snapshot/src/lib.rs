@@ -1,0 +1,327 @@
+//! Snapshots as files: the state, and the memory beside it.
+//!
+//! A state file begins with a line of JSON, [`Header`], that says what it is, of which version, how long what follows is, and its
+//! checksum. What follows is JSON as well, and the last. Fields may be added to it without a new version: a reader passes over what it does not know,
+//! and gives what is missing its default.
+//!
+//! A memory file has each byte of guest memory at its place, ranges one behind the other; what is zero is a hole.
+//!
+//! Both are written beside their place, synchronised and renamed, so that whoever looks sees the old file or the new one, whole.
+//!
+//! **Architecture Invariant:** a leaf. Nothing here knows KVM, devices or guest memory. Files are hostile: what is read is
+//! bounded and checked before it is believed.
+#![forbid(unsafe_code)]
+
+use rustix::fs::{SeekFrom, fdatasync, ftruncate, seek};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::hash::Hasher;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use twox_hash::XxHash64;
+
+/// What the first line says.
+pub const MAGIC: &str = "husk snapshot";
+/// The version that is written, and the newest that is read. A field whose meaning changes makes a new one.
+pub const VERSION: u32 = 1;
+
+/// Longest first line, and longest state: far more than 64 vCPUs and all devices have.
+const MOST_HEADER: u64 = 4096;
+const MOST_STATE: u64 = 64 << 20;
+
+/// Why a snapshot's file could not be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Creating, writing or renaming.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Opening or reading.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Something else.
+    #[error("{} is no snapshot of Husk's", .0.display())]
+    Foreign(PathBuf),
+    /// Of a Husk that is newer.
+    #[error("{} is a snapshot of version {version}; this Husk reads up to version {VERSION}", path.display())]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        version: u32,
+    },
+    /// Its end is missing, or something is behind it.
+    #[error("{} is not whole: {expected} bytes of state were written, and {found} are there", path.display())]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// What the first line says.
+        expected: u64,
+        /// What is there.
+        found: u64,
+    },
+    /// It was changed, or the disk has.
+    #[error("{} is damaged: its checksum is wrong", .0.display())]
+    Checksum(PathBuf),
+    /// Whole, and not what it should be.
+    #[error("{} is a snapshot that this Husk does not understand", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// Memory of another size.
+    #[error("{} has {found} bytes, and the snapshot's memory {expected}", path.display())]
+    MemorySize {
+        /// The file.
+        path: PathBuf,
+        /// What the state says.
+        expected: u64,
+        /// What is there.
+        found: u64,
+    },
+}
+
+/// The first line of a state file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Header {
+    /// [`MAGIC`].
+    pub format: String,
+    /// [`VERSION`].
+    pub version: u32,
+    /// The version of Husk that wrote it.
+    pub husk: String,
+    /// Bytes behind the line.
+    pub length: u64,
+    /// Of these bytes: XXH64 with seed 0, in hexadecimal.
+    pub xxh64: String,
+}
+
+/// Write a state file.
+pub fn write_state(path: &Path, state: &impl Serialize) -> Result<(), Error> {
+    let fault = |source| Error::Write {
+        path: path.into(),
+        source,
+    };
+    let body = serde_json::to_vec(state).map_err(|e| fault(e.into()))?;
+    let header = Header {
+        format: MAGIC.into(),
+        version: VERSION,
+        husk: env!("CARGO_PKG_VERSION").into(),
+        length: body.len() as u64,
+        xxh64: checksum(&body),
+    };
+    let mut line = serde_json::to_vec(&header).map_err(|e| fault(e.into()))?;
+    line.push(b'\n');
+    let mut file = Fresh::create(path)?;
+    file.file
+        .write_all(&line)
+        .and_then(|()| file.file.write_all(&body))
+        .map_err(fault)?;
+    file.finish()
+}
+
+/// Read a state file.
+pub fn read_state<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
+    let (_, body) = read_parts(path)?;
+    serde_json::from_slice(&body).map_err(|source| Error::Content {
+        path: path.into(),
+        source,
+    })
+}
+
+/// The first line of a state file, and what follows, which is whole.
+pub fn read_parts(path: &Path) -> Result<(Header, Vec<u8>), Error> {
+    let fault = |source| Error::Read {
+        path: path.into(),
+        source,
+    };
+    let mut file = open_regular(path).map_err(fault)?;
+    let mut start = Vec::new();
+    (&mut file)
+        .take(MOST_HEADER)
+        .read_to_end(&mut start)
+        .map_err(fault)?;
+    let end = start.iter().position(|&byte| byte == b'\n');
+    let line = end.and_then(|end| start.get(..end));
+    let header: Option<Header> = line.and_then(|line| serde_json::from_slice(line).ok());
+    let header = header.filter(|header| header.format == MAGIC);
+    let (Some(header), Some(end)) = (header, end) else {
+        return Err(Error::Foreign(path.into()));
+    };
+    if header.version > VERSION || header.version == 0 {
+        return Err(Error::Version {
+            path: path.into(),
+            version: header.version,
+        });
+    }
+    let mut body = start.split_off(end + 1);
+    let found = file.metadata().map_err(fault)?.len();
+    let found = found.saturating_sub(end as u64 + 1);
+    if found != header.length || found > MOST_STATE {
+        return Err(Error::Length {
+            path: path.into(),
+            expected: header.length,
+            found,
+        });
+    }
+    let rest = found.saturating_sub(body.len() as u64);
+    file.take(rest).read_to_end(&mut body).map_err(fault)?;
+    if checksum(&body) != header.xxh64 {
+        return Err(Error::Checksum(path.into()));
+    }
+    Ok((header, body))
+}
+
+fn checksum(bytes: &[u8]) -> String {
+    let mut hash = XxHash64::with_seed(0);
+    hash.write(bytes);
+    format!("{:016x}", hash.finish())
+}
+
+/// Open a memory file of `size` bytes.
+pub fn open_memory(path: &Path, size: u64) -> Result<File, Error> {
+    let fault = |source| Error::Read {
+        path: path.into(),
+        source,
+    };
+    let file = open_regular(path).map_err(fault)?;
+    let found = file.metadata().map_err(fault)?.len();
+    match found == size {
+        true => Ok(file),
+        false => Err(Error::MemorySize {
+            path: path.into(),
+            expected: size,
+            found,
+        }),
+    }
+}
+
+/// A FIFO would block, a directory be strange.
+fn open_regular(path: &Path) -> io::Result<File> {
+    use rustix::fs::{Mode, OFlags, open};
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = File::from(open(path, flags, Mode::empty())?);
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other("it is no regular file")),
+    }
+}
+
+/// A memory file in the making.
+pub struct MemoryFile(Fresh);
+
+impl MemoryFile {
+    /// One of `size` bytes, all zero.
+    pub fn create(path: &Path, size: u64) -> Result<Self, Error> {
+        let fresh = Fresh::create(path)?;
+        ftruncate(&fresh.file, size).map_err(|e| fresh.fault(e.into()))?;
+        Ok(Self(fresh))
+    }
+
+    /// Put `bytes` at `offset`.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.0
+            .file
+            .write_all_at(bytes, offset)
+            .map_err(|e| self.0.fault(e))
+    }
+
+    /// It is complete.
+    pub fn finish(self) -> Result<(), Error> {
+        self.0.finish()
+    }
+}
+
+/// A file that is written beside its place. Dropped before it is complete, it goes.
+struct Fresh {
+    path: PathBuf,
+    beside: PathBuf,
+    file: File,
+    done: bool,
+}
+
+impl Fresh {
+    fn create(path: &Path) -> Result<Self, Error> {
+        let fault = |source| Error::Write {
+            path: path.into(),
+            source,
+        };
+        let name = path.file_name().ok_or(io::ErrorKind::IsADirectory);
+        let name = name.map_err(|e| fault(e.into()))?;
+        let mut own = std::ffi::OsString::from(".");
+        own.push(name);
+        own.push(format!(".{}", std::process::id()));
+        let beside = path.with_file_name(own);
+        // A name that is taken is that of a process which died: never written through.
+        let _ = fs::remove_file(&beside);
+        let file = {
+            use std::os::unix::fs::OpenOptionsExt;
+            let mut options = File::options();
+            // It holds all that the guest knows.
+            options.write(true).create_new(true).mode(0o600);
+            options.open(&beside).map_err(fault)?
+        };
+        Ok(Self {
+            path: path.into(),
+            beside,
+            file,
+            done: false,
+        })
+    }
+
+    fn fault(&self, source: io::Error) -> Error {
+        Error::Write {
+            path: self.path.clone(),
+            source,
+        }
+    }
+
+    fn finish(mut self) -> Result<(), Error> {
+        fdatasync(&self.file).map_err(|e| self.fault(e.into()))?;
+        fs::rename(&self.beside, &self.path).map_err(|e| self.fault(e))?;
+        self.done = true;
+        Ok(())
+    }
+}
+
+impl Drop for Fresh {
+    fn drop(&mut self) {
+        if !self.done {
+            let _ = fs::remove_file(&self.beside);
+        }
+    }
+}
+
+/// The parts of `size` bytes of a file that are not holes: offset and length.
+pub fn data_extents(file: &File, size: u64) -> Vec<(u64, u64)> {
+    let mut extents = Vec::new();
+    let mut at = 0;
+    while at < size {
+        let Ok(start) = seek(file, SeekFrom::Data(at)) else {
+            break;
+        };
+        let end = seek(file, SeekFrom::Hole(start)).unwrap_or(size).min(size);
+        if start >= end {
+            break;
+        }
+        extents.push((start, end - start));
+        at = end;
+    }
+    extents
+}
+
+#[cfg(test)]
+mod tests;
