@@ -345,6 +345,15 @@ impl Session {
                     reply(started.map(|()| Answer::Done).map_err(|e| refusal(&e)));
                     return ears.listen(terminal).map(Ok);
                 }
+                Ok(Event::Request(request @ VmmRequest::LoadSnapshot(_), reply)) => {
+                    let terminal = Terminal::open().map(Arc::new);
+                    if let Some(end) = self.answer(request, reply) {
+                        return Ok(Err(end));
+                    }
+                    if self.vmm.is_booted() {
+                        return ears.listen(terminal).map(Ok);
+                    }
+                }
                 Ok(Event::Request(VmmRequest::Stop, reply)) => {
                     reply(Ok(Answer::Done));
                     return Ok(Err(End::because("a client asked for it")));

@@ -29,7 +29,8 @@ pub use logging::{LogLevel, Logger, Metrics};
 pub use machine::HugePages;
 pub use mmds::{MmdsConfig, MmdsVersion};
 pub use request::{
-    Answer, DeviceUpdate, Event, Hinting, MachineConfigUpdate, NewDevice, Part, Query, VmmRequest,
+    Answer, CreateSnapshot, DeviceUpdate, Event, Hinting, LoadSnapshot, MachineConfigUpdate,
+    MemBackend, MemBackendType, NewDevice, Part, Query, SnapshotType, VmmRequest,
 };
 pub use size::parse_mib;
 

@@ -41,10 +41,92 @@ pub enum VmmRequest {
     PatchMmds(serde_json::Value),
     /// Write the metrics now.
     FlushMetrics,
+    /// Keep all of a VM that is paused.
+    CreateSnapshot(Box<CreateSnapshot>),
     /// Go on from a snapshot instead of booting.
-    LoadSnapshot,
+    LoadSnapshot(Box<LoadSnapshot>),
     /// End the VM now, whatever the guest is doing.
     Stop,
+}
+
+/// A snapshot that is to be made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct CreateSnapshot {
+    /// Where the state goes. A file that is there is replaced when the new one is whole.
+    pub snapshot_path: PathBuf,
+    /// Where guest memory goes, likewise.
+    pub mem_file_path: PathBuf,
+    /// What is in it.
+    #[serde(default)]
+    pub snapshot_type: SnapshotType,
+}
+
+/// What is in a snapshot's memory file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub enum SnapshotType {
+    /// All of memory that is not zero.
+    #[default]
+    Full,
+    /// What has changed since the last one.
+    Diff,
+}
+
+/// A snapshot that is to be gone on from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct LoadSnapshot {
+    /// The state.
+    pub snapshot_path: PathBuf,
+    /// Where memory comes from.
+    pub mem_backend: Option<MemBackend>,
+    /// The memory file; the old name of a `mem_backend` that is one.
+    pub mem_file_path: Option<PathBuf>,
+    /// KVM notes which pages of its memory the guest writes.
+    #[serde(default, alias = "enable_diff_snapshots")]
+    pub track_dirty_pages: bool,
+    /// The guest runs at once; otherwise it is paused.
+    #[serde(default)]
+    pub resume_vm: bool,
+}
+
+/// Where the memory of a snapshot comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct MemBackend {
+    /// A file, or a handler of page faults.
+    pub backend_type: MemBackendType,
+    /// The file, or the handler's socket.
+    pub backend_path: PathBuf,
+}
+
+/// Who has the memory of a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub enum MemBackendType {
+    /// A file.
+    File,
+    /// Another process, by userfaultfd.
+    Uffd,
+}
+
+impl LoadSnapshot {
+    /// The memory file; what is wrong otherwise.
+    pub fn memory_file(&self) -> Result<&std::path::Path, &'static str> {
+        match (&self.mem_backend, &self.mem_file_path) {
+            (Some(backend), None) if backend.backend_type == MemBackendType::Uffd => {
+                Err("a mem_backend of type Uffd")
+            }
+            (Some(backend), None) => Ok(&backend.backend_path),
+            (None, Some(path)) => Ok(path),
+            (None, None) => Err("a snapshot without mem_backend or mem_file_path"),
+            (Some(_), Some(_)) => Err("mem_backend together with mem_file_path"),
+        }
+    }
 }
 
 /// A part of the configuration that is set at once.

@@ -5,6 +5,7 @@
 
 use crate::{GuestEvent, GuestEvents, ports_of, pulse};
 use husk_bus::BusDevice;
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
@@ -56,7 +57,9 @@ pub struct Keyboard {
     state: Mutex<State>,
 }
 
-struct State {
+/// What the guest has made of the controller and its keyboard.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct State {
     command_byte: u8,
     /// Bytes that wait for the guest.
     output: VecDeque<u8>,
@@ -68,7 +71,7 @@ struct State {
 }
 
 /// What a byte at the data port is for.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 enum Next {
     /// A command for the keyboard.
     Keyboard,
@@ -225,6 +228,17 @@ impl Keyboard {
         drop(state);
         pulse(&self.irq);
         true
+    }
+
+    /// The state, for a snapshot.
+    pub fn state(&self) -> State {
+        self.lock().clone()
+    }
+
+    /// Put back what [`Keyboard::state`] told.
+    pub fn restore(&self, mut state: State) {
+        state.output.truncate(MOST);
+        *self.lock() = state;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -75,6 +75,17 @@ impl PowerPorts {
         self.pending.load(Ordering::Acquire) & EVENT_POWER_BUTTON != 0
     }
 
+    /// Events that the guest has not taken, for a snapshot.
+    pub fn pending(&self) -> u8 {
+        self.pending.load(Ordering::Acquire)
+    }
+
+    /// Put back what [`PowerPorts::pending`] told. Its interrupt is in the state of the interrupt controllers.
+    pub fn restore(&self, pending: u8) {
+        let known = EVENT_POWER_BUTTON | EVENT_PCI;
+        self.pending.store(pending & known, Ordering::Release);
+    }
+
     fn sleep(&self, value: u8) {
         if value & SLEEP_ENABLE == 0 {
             return;

@@ -257,13 +257,6 @@ mod tests {
         }
     }
 
-    /// Let the instruction be over that the last exit was for.
-    fn settle(vcpu: &mut Vcpu) {
-        vcpu.fd.set_kvm_immediate_exit(1);
-        assert!(matches!(vcpu.run().unwrap(), Exit::Interrupted));
-        vcpu.fd.set_kvm_immediate_exit(0);
-    }
-
     #[test]
     fn a_guest_goes_on_in_another_vm() {
         let kvm = Kvm::open().unwrap();
@@ -279,7 +272,7 @@ mod tests {
         })
         .unwrap();
         assert_eq!([next(&mut vcpu), next(&mut vcpu)], [1, 2]);
-        settle(&mut vcpu);
+        assert!(matches!(vcpu.settle().unwrap(), Exit::Interrupted));
         const KERNEL_GS_BASE: u32 = 0xc000_0102;
         assert!(vcpu.set_msr(KERNEL_GS_BASE, 7).unwrap());
         let text = serde_json::to_string(&(vm.state().unwrap(), vcpu.state(&msrs).unwrap()));

@@ -185,6 +185,19 @@ impl Vcpu {
         }
     }
 
+    /// Complete the `in` or load that the last exit was for, without letting the guest go on. [`Exit::Interrupted`] when there
+    /// was none, or it is complete; it may take several accesses.
+    pub fn settle(&mut self) -> Result<Exit<'_>, Error> {
+        self.fd.set_kvm_immediate_exit(1);
+        let result = self.fd.run().map(drop);
+        self.fd.set_kvm_immediate_exit(0);
+        match result {
+            Ok(()) => Ok(decode(self.fd.get_kvm_run(), self.run_size)),
+            Err(e) if [libc::EINTR, libc::EAGAIN].contains(&e.errno()) => Ok(Exit::Interrupted),
+            Err(e) => Err(Error::Ioctl("KVM_RUN", e)),
+        }
+    }
+
     /// Let the guest run on this vCPU until something needs the monitor. An `in` or a load that the caller fills is
     /// completed by the next call.
     pub fn run(&mut self) -> Result<Exit<'_>, Error> {

@@ -124,9 +124,21 @@ pub enum Error {
         "Loading a microVM snapshot not allowed after configuring boot-specific resources: start a new process for it"
     )]
     LoadAfterConfiguration,
-    /// Snapshots.
-    #[error("A snapshot cannot be loaded: that is not supported yet.")]
-    Load,
+    /// A snapshot that is not to be.
+    #[error("Load snapshot error: {0}")]
+    Load(String),
+    /// A part of a VM that snapshots do not hold.
+    #[error("snapshots of VMs with {0} are not supported yet")]
+    NoSnapshot(&'static str),
+    /// A kind of snapshot, or of its memory.
+    #[error("{0} is not supported yet")]
+    Unsupported(&'static str),
+    /// A snapshot's files.
+    #[error(transparent)]
+    Snapshot(#[from] husk_snapshot::Error),
+    /// The guest runs.
+    #[error("a snapshot is made of a guest that is paused: pause it first")]
+    NotPaused,
     /// An answer cannot be put in words.
     #[error("the answer cannot be written as JSON: {0}")]
     Json(String),
@@ -219,7 +231,11 @@ impl Error {
             | Error::Mmds(_)
             | Error::NotMade(..)
             | Error::LoadAfterConfiguration
-            | Error::Load
+            | Error::Load(_)
+            | Error::NoSnapshot(_)
+            | Error::Unsupported(_)
+            | Error::NotPaused
+            | Error::Snapshot(_)
             | Error::BeforeBoot
             | Error::AfterBoot
             | Error::Json(_)
@@ -236,7 +252,7 @@ impl Error {
 
     /// The process has nothing left to do after this: the client that asked counts on its end.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, Error::Load)
+        matches!(self, Error::Load(_))
     }
 }
 

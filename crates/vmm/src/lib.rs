@@ -14,6 +14,7 @@ mod memory;
 mod pause;
 mod platform;
 mod processor;
+mod snapshot;
 mod spin;
 mod standby;
 mod timeline;
@@ -30,7 +31,9 @@ pub use timeline::{Cost, Counting, Phase, Reached, Timeline};
 pub use vcpu::{ExitCounts, install_kick_handler};
 
 use devices::Opened;
-use husk_config::{Answer, Event, NewDevice, Part, VmConfig, VmmRequest};
+use husk_config::{
+    Answer, Event, LoadSnapshot, NewDevice, Part, SnapshotType, VmConfig, VmmRequest,
+};
 use husk_loader::Kernel;
 use husk_metrics::METRICS;
 use standby::Standby;
@@ -121,12 +124,19 @@ impl Vmm {
                 Part::NetworkInterface(interface) => self.attach(NewDevice::Network(interface))?,
                 _ => return Err(Error::AfterBoot),
             },
-            (State::Configuring, VmmRequest::LoadSnapshot) => {
-                return Err(match self.touched {
-                    true => Error::LoadAfterConfiguration,
-                    false => Error::Load,
-                });
+            (State::Configuring, VmmRequest::LoadSnapshot(_)) if self.touched => {
+                return Err(Error::LoadAfterConfiguration);
             }
+            (State::Configuring, VmmRequest::LoadSnapshot(load)) => {
+                self.load(&load).map_err(|e| Error::Load(chain(&e)))?;
+            }
+            (State::Paused(vm), VmmRequest::CreateSnapshot(create)) => {
+                if create.snapshot_type == SnapshotType::Diff {
+                    return Err(Error::Unsupported("a diff snapshot"));
+                }
+                vm.save(&self.config, &create.snapshot_path, &create.mem_file_path)?;
+            }
+            (State::Running(_), VmmRequest::CreateSnapshot(_)) => return Err(Error::NotPaused),
             (State::Configuring, VmmRequest::Boot) => {
                 self.build()?;
                 self.start()?;
@@ -174,6 +184,26 @@ impl Vmm {
             (State::Running(_) | State::Paused(_), _) => return Err(Error::AfterBoot),
         }
         Ok(Answer::Done)
+    }
+
+    /// Go on from a snapshot.
+    fn load(&mut self, load: &LoadSnapshot) -> Result<(), Error> {
+        let memory = load.memory_file().map_err(Error::Unsupported)?;
+        let saved = snapshot::Saved::open(&load.snapshot_path, memory)?;
+        let mut config = saved.snapshot.config.clone();
+        config.machine_config.track_dirty_pages |= load.track_dirty_pages;
+        let mut vm = Vm::build_from(&config, &self.host, &mut self.prepared, Some(saved))?;
+        vm.start();
+        self.config = config;
+        if load.resume_vm {
+            vm.resume();
+            self.state = State::Running(Box::new(vm));
+            (self.host.watch)(Event::Resumed);
+        } else {
+            self.state = State::Paused(Box::new(vm));
+            (self.host.watch)(Event::Paused);
+        }
+        Ok(())
     }
 
     /// Plug a device into a VM that runs.

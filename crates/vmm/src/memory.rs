@@ -5,8 +5,9 @@ use husk_config::HugePages;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 use std::ptr::null_mut;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -50,6 +51,9 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// Which pages are used.
+    #[error("cannot find out which pages of guest memory are used: /proc/self/pagemap")]
+    Pagemap(#[source] std::io::Error),
     /// An address outside memory.
     #[error("{size:#x} bytes at {address:#x} are outside guest memory")]
     Outside {
@@ -60,6 +64,39 @@ pub enum Error {
     },
 }
 
+/// Bits of an entry of /proc/PID/pagemap.
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+/// Entries that are read at once, and bytes of memory that are looked at at once.
+const PAGES_AT_ONCE: usize = 1 << 15;
+const PIECE: u64 = 256 << 10;
+
+/// The runs of pages in `piece` that are not all zero, each with its offset.
+fn nonzero_runs(piece: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
+    let page = PAGE as usize;
+    let is_zero = move |at: usize| {
+        let bytes = piece
+            .get(at..(at + page).min(piece.len()))
+            .unwrap_or_default();
+        // Compared as a whole, which is as fast as memory.
+        bytes == ZERO.get(..bytes.len()).unwrap_or_default()
+    };
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        while at < piece.len() && is_zero(at) {
+            at += page;
+        }
+        let start = at;
+        while at < piece.len() && !is_zero(at) {
+            at += page;
+        }
+        let run = piece.get(start..at.min(piece.len()))?;
+        (!run.is_empty()).then_some((start as u64, run))
+    })
+}
+
+static ZERO: [u8; PAGE as usize] = [0; PAGE as usize];
+
 /// The memory of one VM. Dropped after its VM and vCPUs: KVM must not keep addresses that mean something else.
 #[derive(Debug)]
 pub struct GuestMemory {
@@ -67,6 +104,8 @@ pub struct GuestMemory {
     slots: Vec<(Range, u64)>,
     /// The pages are huge ones: files are copied.
     copies: bool,
+    /// Where files are mapped: guest-physical addresses.
+    mapped: Mutex<Vec<Range>>,
     // Last, so that everything above that points into it is gone before it.
     _reservation: Reservation,
 }
@@ -95,6 +134,7 @@ impl GuestMemory {
             memory,
             slots,
             copies: pages == HugePages::TwoMiB,
+            mapped: Mutex::default(),
             _reservation: reservation,
         })
     }
@@ -171,6 +211,11 @@ impl GuestMemory {
             )
         }
         .map_err(|e| file_error(e.into()))?;
+        let range = Range {
+            start: first_page,
+            size: mapped,
+        };
+        self.lock_mapped().push(range);
         self.copy_file(file, offset, head, address)?;
         self.copy_file(file, offset + head + mapped, end - last_page, last_page)
     }
@@ -189,6 +234,83 @@ impl GuestMemory {
                 log::debug!("guest memory is not populated ahead: {e}");
             }
         }
+    }
+
+    /// All ranges, one behind the other.
+    pub fn size(&self) -> u64 {
+        self.slots.iter().map(|(range, _)| range.size).sum()
+    }
+
+    /// Give `take` all of memory that is not zero, in pieces of whole pages: the place in memory as it is in a file, ranges one
+    /// behind the other, and the bytes. What nobody has touched is not looked at. Nothing may write to memory meanwhile.
+    pub fn each_used<E: From<Error>>(
+        &self,
+        mut take: impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let pagemap = File::open("/proc/self/pagemap").map_err(Error::Pagemap)?;
+        let mut buffer = vec![0; PIECE as usize];
+        let mut before = 0;
+        for &(range, host) in &self.slots {
+            for used in self.used(&pagemap, range, host)? {
+                let mut at = used.start;
+                while at < used.end() {
+                    let length = (used.end() - at).min(PIECE);
+                    let piece = buffer.get_mut(..length as usize).unwrap_or_default();
+                    let outside = Error::Outside {
+                        address: at,
+                        size: length,
+                    };
+                    self.memory
+                        .read_slice(piece, GuestAddress(at))
+                        .map_err(|_| outside)?;
+                    let offset = before + (at - range.start);
+                    for (start, run) in nonzero_runs(piece) {
+                        take(offset + start, run)?;
+                    }
+                    at += length;
+                }
+            }
+            before += range.size;
+        }
+        Ok(())
+    }
+
+    /// The parts of a range that were touched, or that files are behind.
+    fn used(&self, pagemap: &File, range: Range, host: u64) -> Result<Vec<Range>, Error> {
+        let files = self.lock_mapped().clone();
+        let mut used: Vec<Range> = Vec::new();
+        let mut entries = vec![0; 8 * PAGES_AT_ONCE];
+        let mut page = 0;
+        let pages = range.size / PAGE;
+        while page < pages {
+            let count = (pages - page).min(PAGES_AT_ONCE as u64);
+            let entries = entries.get_mut(..8 * count as usize).unwrap_or_default();
+            let offset = (host / PAGE + page) * 8;
+            pagemap
+                .read_exact_at(entries, offset)
+                .map_err(Error::Pagemap)?;
+            for (entry, number) in entries.chunks_exact(8).zip(page..) {
+                let entry = u64::from_le_bytes(entry.try_into().unwrap_or_default());
+                let address = range.start + number * PAGE;
+                let in_file = |file: &Range| file.start <= address && address < file.end();
+                if entry & (PRESENT | SWAPPED) == 0 && !files.iter().any(in_file) {
+                    continue;
+                }
+                match used.last_mut().filter(|last| last.end() == address) {
+                    Some(last) => last.size += PAGE,
+                    None => used.push(Range {
+                        start: address,
+                        size: PAGE,
+                    }),
+                }
+            }
+            page += count;
+        }
+        Ok(used)
+    }
+
+    fn lock_mapped(&self) -> MutexGuard<'_, Vec<Range>> {
+        self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn copy_file(

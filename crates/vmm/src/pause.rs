@@ -9,8 +9,16 @@ use std::time::{Duration, Instant};
 pub struct Pause {
     /// Read at every exit, so not behind the lock; changed only with it held.
     wanted: AtomicBool,
-    parked: Mutex<u32>,
+    parked: Mutex<Parked>,
     changed: Condvar,
+}
+
+/// The vCPUs that are parked.
+#[derive(Default)]
+struct Parked {
+    count: u32,
+    /// Counts what they were asked.
+    questions: u64,
 }
 
 /// How soon a vCPU is kicked again: the signal before may have come just before it entered the guest.
@@ -22,18 +30,40 @@ impl Pause {
         self.wanted.load(Ordering::Acquire)
     }
 
-    /// Stay here until the guest is to go on, or the VM `has_ended`. Called on a vCPU's thread, out of the guest.
-    pub fn park(&self, has_ended: impl Fn() -> bool) {
+    /// Stay here until the guest is to go on, or the VM `has_ended`. Called on a vCPU's thread, out of the guest; `answer` is called
+    /// there for each [`Pause::ask`] meanwhile.
+    pub fn park(&self, has_ended: impl Fn() -> bool, mut answer: impl FnMut()) {
         let mut parked = self.lock();
-        *parked += 1;
+        parked.count += 1;
+        let mut answered = parked.questions;
         self.changed.notify_all();
         while self.is_wanted() && !has_ended() {
+            if parked.questions != answered {
+                answered = parked.questions;
+                drop(parked);
+                answer();
+                parked = self.lock();
+                continue;
+            }
             parked = self
                 .changed
                 .wait(parked)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        *parked -= 1;
+        parked.count -= 1;
+    }
+
+    /// Have each vCPU that is parked answer.
+    pub fn ask(&self) {
+        let mut parked = self.lock();
+        parked.questions += 1;
+        self.changed.notify_all();
+    }
+
+    /// vCPUs that come to run park at once, as after [`Pause::stop_all`].
+    pub fn begin_stopped(&self) {
+        let _parked = self.lock();
+        self.wanted.store(true, Ordering::Release);
     }
 
     /// Have all `count` vCPUs park; `kick` makes those in the guest leave it. True when they have, false when `has_ended` or
@@ -48,7 +78,7 @@ impl Pause {
         let until = Instant::now() + limit;
         let mut parked = self.lock();
         self.wanted.store(true, Ordering::Release);
-        while *parked < count {
+        while parked.count < count {
             if has_ended() || Instant::now() >= until {
                 self.wanted.store(false, Ordering::Release);
                 self.changed.notify_all();
@@ -75,7 +105,7 @@ impl Pause {
         self.changed.notify_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, u32> {
+    fn lock(&self) -> MutexGuard<'_, Parked> {
         self.parked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -100,7 +130,7 @@ mod tests {
         fn run(&self) {
             while !self.has_ended() {
                 if self.pause.is_wanted() {
-                    self.pause.park(|| self.has_ended());
+                    self.pause.park(|| self.has_ended(), || ());
                     continue;
                 }
                 self.count.fetch_add(1, Ordering::Relaxed);

@@ -6,7 +6,7 @@ use crate::host::Host;
 use crate::lifecycle::Lifecycle;
 use crate::pause::Pause;
 use crate::timeline::{Phase, Timeline};
-use crate::vcpu::{HaltSearch, Shared};
+use crate::vcpu::{Census, HaltSearch, Shared};
 use husk_arch::layout;
 use husk_bus::{Bus, BusDevice};
 use husk_config::VmConfig;
@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 /// Devices of the platform that are asked for something while the VM runs.
 pub struct Platform {
+    pub serial: Arc<Serial>,
     pub power: Arc<PowerPorts>,
     pub keyboard: Option<Arc<Keyboard>>,
     pub hotplug: Option<Arc<PciHotplug>>,
@@ -74,7 +75,8 @@ pub fn platform(
         host.console.wire.clone(),
     );
     let ports = Bus::default();
-    ports.insert(layout::COM1_PORT.into(), layout::COM1_PORTS.into(), serial)?;
+    let com1 = serial.clone();
+    ports.insert(layout::COM1_PORT.into(), layout::COM1_PORTS.into(), com1)?;
     ports.insert(
         layout::SLEEP_CONTROL_PORT.into(),
         power::PORTS,
@@ -113,8 +115,10 @@ pub fn platform(
         timeline: Arc::clone(&host.timeline),
         halts: HaltSearch::default(),
         pause: Pause::default(),
+        census: Census::default(),
     };
     let platform = Platform {
+        serial,
         power,
         keyboard,
         hotplug,

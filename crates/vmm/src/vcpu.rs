@@ -5,11 +5,11 @@ use crate::pause::Pause;
 use crate::timeline::{Phase, Timeline};
 use husk_bus::Bus;
 use husk_devices::{GuestEvent, GuestEvents};
-use husk_kvm::{Exit, Vcpu};
+use husk_kvm::{Exit, Vcpu, VcpuState};
 use husk_metrics::{METRICS, VcpuMetrics};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -28,6 +28,58 @@ pub struct Shared {
     pub halts: HaltSearch,
     /// Keeps the vCPUs out of the guest.
     pub pause: Pause,
+    /// What they tell of themselves then.
+    pub census: Census,
+}
+
+/// The state of all vCPUs, which each tells on its own thread.
+#[derive(Default)]
+pub struct Census {
+    told: Mutex<Told>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Told {
+    /// The MSRs that are asked for.
+    msrs: Arc<[u32]>,
+    states: BTreeMap<u32, Result<VcpuState, husk_kvm::Error>>,
+}
+
+impl Census {
+    /// The state of `count` vCPUs that are parked, by their numbers; `ask` has each of them tell.
+    pub fn take(
+        &self,
+        msrs: Vec<u32>,
+        count: u32,
+        ask: impl FnOnce(),
+        limit: Duration,
+    ) -> Result<Vec<VcpuState>, crate::Error> {
+        *self.lock() = Told {
+            msrs: msrs.into(),
+            states: BTreeMap::new(),
+        };
+        ask();
+        let missing = |told: &mut Told| told.states.len() < count as usize;
+        let waited = self.changed.wait_timeout_while(self.lock(), limit, missing);
+        let (mut told, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if missing(&mut told) {
+            return Err(crate::Error::State("a vCPU does not tell its state"));
+        }
+        let states = std::mem::take(&mut told.states);
+        Ok(states.into_values().collect::<Result<_, _>>()?)
+    }
+
+    fn tell(&self, index: u32, vcpu: &Vcpu) {
+        let msrs = Arc::clone(&self.lock().msrs);
+        let state = vcpu.state(&msrs);
+        self.lock().states.insert(index, state);
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Rounds in which each vCPU is asked whether it has halted for good.
@@ -131,12 +183,20 @@ fn run(index: u32, vcpu: &mut Vcpu, shared: &Shared) {
     let mut asked = 0;
     let metrics = METRICS.vcpu.member(&index.to_string());
     while !shared.lifecycle.has_ended() {
-        if shared.pause.is_wanted() {
-            shared.pause.park(|| shared.lifecycle.has_ended());
+        let is_wanted = shared.pause.is_wanted();
+        let result = match is_wanted {
+            // What the last exit was for is complete then, and all of the state can be told.
+            true => vcpu.settle(),
+            false => vcpu.run(),
+        };
+        if is_wanted && matches!(result, Ok(Exit::Interrupted)) {
+            let (census, own) = (&shared.census, &*vcpu);
+            let has_ended = || shared.lifecycle.has_ended();
+            shared.pause.park(has_ended, || census.tell(index, own));
             vcpu.notify_of_pause();
             continue;
         }
-        let end = match vcpu.run() {
+        let end = match result {
             Ok(exit) => {
                 if first && !matches!(exit, Exit::Interrupted) {
                     shared.timeline.reach(Phase::FirstExit);

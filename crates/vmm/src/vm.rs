@@ -9,6 +9,7 @@ use crate::load::load;
 use crate::memory::GuestMemory;
 use crate::platform::{Platform, hotplug_slots, platform};
 use crate::processor::Processor;
+use crate::snapshot::{self, PlatformState, Saved, Snapshot};
 use crate::spin::spin_for;
 use crate::standby::Wanted;
 use crate::timeline::{Phase, Timeline};
@@ -19,9 +20,10 @@ use husk_arch::memory_map::Range;
 use husk_arch::{layout, mptable};
 use husk_config::{DeviceUpdate, MachineConfig, NewDevice, VmConfig};
 use husk_devices::boot_timer;
-use husk_kvm::{Kvm, Vcpu};
+use husk_kvm::{Kvm, Vcpu, VcpuState};
 use husk_loader::Kernel;
 use husk_sandbox::{Filters, Kind};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
@@ -61,6 +63,16 @@ impl Vm {
     ///
     /// Where a machine was made ahead, what is left is to load the kernel.
     pub fn build(config: &VmConfig, host: &Host, prepared: &mut Prepared) -> Result<Self, Error> {
+        Self::build_from(config, host, prepared, None)
+    }
+
+    /// As [`Vm::build`], or, from what was saved, complete up to the instruction that its guest would have done next.
+    pub fn build_from(
+        config: &VmConfig,
+        host: &Host,
+        prepared: &mut Prepared,
+        saved: Option<Saved>,
+    ) -> Result<Self, Error> {
         let asked = boot_timer::Times::now();
         host.timeline.reach(Phase::Asked);
         config.validate()?;
@@ -77,13 +89,23 @@ impl Vm {
         };
         let kernel = kernel.take();
         let fill = |memory: &GuestMemory| {
-            let boot = prepare_boot(config, kernel, memory, host, &slots)?;
+            let start = match saved {
+                Some(saved) => {
+                    saved.fill(memory)?;
+                    host.timeline.reach(Phase::KernelLoaded);
+                    Start::Saved(Box::new(saved.snapshot))
+                }
+                None => {
+                    let boot = prepare_boot(config, kernel, memory, host, &slots)?;
+                    Start::Boot(Box::new(boot))
+                }
+            };
             let devices = devices::open(config, opened, &host.mmds)?;
             // Threads take a while to start: here KVM is busy meanwhile.
             let threads = IoThreads::start(&devices, &host.filters)?;
-            Ok((boot, (devices, threads)))
+            Ok((start, (devices, threads)))
         };
-        let (ready, (boot, devices)) = match made {
+        let (ready, (start, devices)) = match made {
             Some(ready) => {
                 let filled = fill(&ready.memory)?;
                 (ready, filled)
@@ -93,7 +115,7 @@ impl Vm {
         let loaded = Loaded {
             devices,
             slots: &slots,
-            boot,
+            start,
             asked,
         };
         ready.complete(config, host, loaded)
@@ -223,6 +245,25 @@ impl Vm {
         self.shared.pause.go_on();
     }
 
+    /// Keep all of a VM that is paused, in two files.
+    pub fn save(&self, config: &VmConfig, state: &Path, memory: &Path) -> Result<(), Error> {
+        snapshot::check(config)?;
+        let msrs = Kvm::open()?.state_msrs()?;
+        let (shared, count) = (&self.shared, self.threads.len() as u32);
+        let ask = || shared.pause.ask();
+        let vcpus = shared.census.take(msrs, count, ask, PAUSE_LIMIT)?;
+        let snapshot = Snapshot {
+            config: config.clone(),
+            memory_size: self.memory.size(),
+            vm: self.kvm.state()?,
+            vcpus,
+            platform: PlatformState::of(&self.platform),
+        };
+        // The state comes last: without it there is no snapshot.
+        snapshot::write_memory(&self.memory, memory)?;
+        Ok(husk_snapshot::write_state(state, &snapshot)?)
+    }
+
     /// End the VM with `outcome` unless it has ended already.
     pub fn end(&self, outcome: Outcome) {
         self.shared.lifecycle.end(outcome);
@@ -340,7 +381,7 @@ impl Ready {
         let Loaded {
             devices: opened,
             slots,
-            boot,
+            start,
             asked,
         } = loaded;
         // In this order, because when this fails the last of them is dropped first, and memory must be the last to go.
@@ -361,9 +402,20 @@ impl Ready {
         };
         let devices = Devices::attach(opened, config.pci, &place)?;
         let template = first.template()?;
+        let (entry, others_saved) = match start {
+            Start::Boot(boot) => (Entry::Boot(boot), Vec::new()),
+            Start::Saved(saved) => {
+                kvm.restore(&saved.vm, false)?;
+                saved.platform.restore(&platform);
+                shared.pause.begin_stopped();
+                let mut vcpus = saved.vcpus.into_iter();
+                let first = vcpus.next().ok_or(Error::State("no vCPU was saved"))?;
+                (Entry::Saved(Box::new(first)), vcpus.collect())
+            }
+        };
         let go = Go {
             shared: Arc::clone(&shared),
-            boot,
+            entry,
         };
         let mut vm = Vm {
             boot: Some((first, go)),
@@ -378,11 +430,16 @@ impl Ready {
             watch: Arc::clone(&host.watch),
             memory,
         };
+        let mut others_saved = others_saved.into_iter();
         for (index, mut vcpu) in (1u32..).zip(others) {
+            let saved = others_saved.next();
             let (template, shared) = (Arc::clone(&template), Arc::clone(&shared));
             let filters = host.filters.clone();
             let body = move || {
-                let ready = template.set_up(&vcpu, index);
+                let ready = match saved {
+                    Some(state) => vcpu.restore(&state).map_err(Error::from),
+                    None => template.set_up(&vcpu, index),
+                };
                 filters.confine(Kind::Vcpu);
                 vcpu::enter(index, &mut vcpu, &shared, ready);
             };
@@ -402,7 +459,7 @@ impl Ready {
 struct Loaded<'a> {
     devices: (Vec<devices::Named>, IoThreads),
     slots: &'a [MmioSlot],
-    boot: BootState,
+    start: Start,
     /// When the VM was asked for.
     asked: boot_timer::Times,
 }
@@ -415,10 +472,26 @@ struct BootProcessor {
     template: Receiver<Result<Arc<Processor>, Error>>,
 }
 
+/// What a VM begins with.
+enum Start {
+    /// A kernel, which is in memory.
+    Boot(Box<BootState>),
+    /// What was saved; memory is as it was.
+    Saved(Box<Snapshot>),
+}
+
+/// Where the boot vCPU begins.
+enum Entry {
+    /// At the kernel's entry.
+    Boot(Box<BootState>),
+    /// Where it was.
+    Saved(Box<VcpuState>),
+}
+
 /// What the boot vCPU's thread needs to enter the guest.
 struct Go {
     shared: Arc<Shared>,
-    boot: BootState,
+    entry: Entry,
 }
 
 impl BootProcessor {
@@ -441,8 +514,11 @@ impl BootProcessor {
             drop((kvm, say, wanted));
             // The host's kernel compiles the filter: beside what the main thread still does, not when the guest waits.
             aids.filters.confine(Kind::Vcpu);
-            if let Ok(Go { shared, boot }) = recv_soon(&told) {
-                let ready = set_entry(&vcpu, &boot);
+            if let Ok(Go { shared, entry }) = recv_soon(&told) {
+                let ready = match entry {
+                    Entry::Boot(boot) => set_entry(&vcpu, &boot),
+                    Entry::Saved(state) => vcpu.restore(&state).map_err(Error::from),
+                };
                 vcpu::enter(0, &mut vcpu, &shared, ready);
             }
         };

@@ -5,8 +5,9 @@ use crate::parse::{
     NetworkInterfaceUpdate, OwnAction, VmUpdate,
 };
 use husk_config::{
-    Balloon, BootSource, CpuConfig, Drive, Entropy, Event, Logger, MachineConfig,
-    MachineConfigUpdate, Metrics, MmdsConfig, NetworkInterface, Serial, VmConfig, Vsock,
+    Balloon, BootSource, CpuConfig, CreateSnapshot, Drive, Entropy, Event, LoadSnapshot, Logger,
+    MachineConfig, MachineConfigUpdate, Metrics, MmdsConfig, NetworkInterface, Serial, VmConfig,
+    Vsock,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde_json::{Map, Value};
@@ -472,18 +473,18 @@ pub const ROUTES: &[Route] = &[
     change(
         "PUT",
         "/snapshot/create",
-        "Not supported yet",
-        Never,
-        schema::<Metadata>,
-        r#"{"snapshot_path":"/s","mem_file_path":"/m"}"#,
+        "Keep all of a VM that is paused. Of VMs without devices, for now",
+        AfterBoot,
+        schema::<CreateSnapshot>,
+        r#"{"snapshot_path":"/s","mem_file_path":"/m","snapshot_type":"Full"}"#,
     ),
     change(
         "PUT",
         "/snapshot/load",
-        "Not supported yet",
-        Never,
-        schema::<Metadata>,
-        r#"{"snapshot_path":"/s","mem_file_path":"/m"}"#,
+        "Go on from a snapshot. When this fails, the process ends",
+        BeforeBoot,
+        schema::<LoadSnapshot>,
+        r#"{"snapshot_path":"/s","mem_backend":{"backend_type":"File","backend_path":"/m"},"mem_file_path":"/m","track_dirty_pages":true,"resume_vm":true}"#,
     ),
     change(
         "PUT",

@@ -103,7 +103,6 @@ fn part(part: Part) -> Result2 {
     vmm(VmmRequest::Put(Box::new(part)))
 }
 
-const SNAPSHOTS: &str = "A snapshot";
 const PMEM: &str = "A pmem device";
 const MEMORY_HOTPLUG: &str = "Memory hot-plug";
 
@@ -168,10 +167,15 @@ impl Request<'_> {
             ["mmds", "config"] => self.mmds_config(),
             ["pmem", id] => self.not_yet(Some(id), PMEM),
             ["hotplug", "memory"] => self.not_yet(None, MEMORY_HOTPLUG),
-            ["snapshot", "create"] => self.not_yet(None, SNAPSHOTS),
+            ["snapshot", "create"] => vmm(VmmRequest::CreateSnapshot(Box::new(self.object()?))),
             ["snapshot", "load"] => {
-                self.any_object()?;
-                vmm(VmmRequest::LoadSnapshot)
+                let load: husk_config::LoadSnapshot = self.object()?;
+                let old = load.mem_file_path.is_some() || self.has("enable_diff_snapshots");
+                let message = "PUT /snapshot/load: mem_file_path or enable_diff_snapshots fields are deprecated.";
+                Ok(Parsed {
+                    deprecated: old.then_some(message),
+                    ..vmm(VmmRequest::LoadSnapshot(Box::new(load)))?
+                })
             }
             ["husk", "actions"] => {
                 let OwnAction { action_type } = self.object()?;

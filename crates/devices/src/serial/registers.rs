@@ -2,6 +2,7 @@
 
 use super::wire::Wire;
 use husk_metrics::METRICS;
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 
 pub(super) const PORTS: u64 = 8;
@@ -66,7 +67,7 @@ const POLLING: u8 = 16;
 /// - it polls: it has read LSR 16 times in a row.
 ///
 /// A FIFO reset discards nothing but what was looped back: the bytes are still on the wire.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Registers {
     ier: u8,
     fcr: u8,
