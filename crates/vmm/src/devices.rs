@@ -506,6 +506,9 @@ fn attach_mmio(
     place.kvm.register_irqfd(&line, slot.irq)?;
     let transport = MmioTransport::new(device, thread, place.memory.clone(), line)
         .map_err(|e| Error::Host("an eventfd", e))?;
+    if let Some(line) = transport.remote_line() {
+        place.kvm.register_irqfd(line, slot.irq)?;
+    }
     let (own, base) = (transport.doorbells(), slot.address);
     let tell = doorbells.sender.clone();
     transport.when_started(Box::new(move || {
@@ -577,6 +580,15 @@ impl MsiSink for Vectors {
     fn trigger(&self, vector: u16) {
         METRICS.interrupts.triggers.inc();
         self.0.trigger(vector);
+    }
+
+    fn connect(&self, vector: u16, event: &EventFd) -> std::io::Result<()> {
+        let connected = self.0.connect(vector, event);
+        connected.map_err(std::io::Error::other)
+    }
+
+    fn disconnect(&self, vector: u16, event: &EventFd) {
+        self.0.disconnect(vector, event);
     }
 }
 

@@ -67,12 +67,14 @@ fn use_it(driver: &mut Driver) {
 #[test]
 fn it_is_a_sound_device() {
     check_device(&Subject {
+        memory: husk_virtio::testing::memory,
         make: &|| balloon(&ALL),
         use_it: &use_it,
         use_again: None,
         eager: &[0, 1],
     });
     check_device(&Subject {
+        memory: husk_virtio::testing::memory,
         make: &|| balloon(&Config::default()),
         use_it: &use_it,
         use_again: None,

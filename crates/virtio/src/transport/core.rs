@@ -6,6 +6,7 @@ use crate::thread::{DeviceThread, RunningId};
 use crate::{F_EVENT_IDX, F_RING_RESET, F_VERSION_1, GuestMemory, RING_FEATURES};
 use husk_bus::Interrupt;
 use serde::{Deserialize, Serialize};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use virtio_bindings::bindings::virtio_config::{
@@ -106,6 +107,10 @@ impl Interrupt for Signals {
         }
         self.interrupt.needs_reset();
     }
+
+    fn remote(&self, index: u16) -> Option<RawFd> {
+        self.interrupt.remote(index)
+    }
 }
 
 /// The device's side of a transport, without its registers. A transport keeps it behind one lock, which is taken on vCPU
@@ -146,9 +151,10 @@ impl Core {
                 kick: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
             })
         });
+        let known = device.remote_ring_features().unwrap_or(RING_FEATURES);
         let mut core = Self {
             id,
-            offered: features | RING_FEATURES,
+            offered: features | RING_FEATURES & known,
             config,
             status: 0,
             accepted: 0,

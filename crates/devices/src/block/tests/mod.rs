@@ -237,6 +237,7 @@ fn disks_of_all_kinds_survive_every_driver() {
             drive.queues = 2;
             eprintln!("--- {engine:?}, read-only: {read_only}");
             check_device(&Subject {
+                memory: husk_virtio::testing::memory,
                 make: &|| Box::new(open_again(&drive)),
                 use_it: &|driver| use_disk(driver, read_only),
                 use_again: None,
