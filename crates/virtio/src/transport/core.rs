@@ -127,6 +127,8 @@ pub struct Core {
     mem: GuestMemory,
     signals: Arc<Signals>,
     when_started: Option<Box<dyn FnOnce() + Send>>,
+    /// Another process takes the kicks. It could fill their counters, so that a write to one waits: never with the transport locked.
+    is_remote: bool,
 }
 
 impl Core {
@@ -151,7 +153,8 @@ impl Core {
                 kick: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
             })
         });
-        let known = device.remote_ring_features().unwrap_or(RING_FEATURES);
+        let remote = device.remote_ring_features();
+        let known = remote.unwrap_or(RING_FEATURES);
         let mut core = Self {
             id,
             offered: features | RING_FEATURES & known,
@@ -168,6 +171,7 @@ impl Core {
                 when_reset: OnceLock::new(),
             }),
             when_started: None,
+            is_remote: remote.is_some(),
         };
         core.forget_driver();
         Ok(core)
@@ -401,14 +405,6 @@ impl Core {
         self.config.generation()
     }
 
-    /// The driver has made buffers available: what a doorbell does that KVM does not know.
-    pub fn kick(&self, index: u16) {
-        if let Some(queue) = self.queues.get(usize::from(index)) {
-            // At its maximum the counter is readable already.
-            let _ = queue.kick.write(1);
-        }
-    }
-
     /// What is to become readable at a kick, queue by queue.
     pub fn kicks(&self) -> impl Iterator<Item = (u16, &Arc<EventFd>)> {
         (0..)
@@ -517,9 +513,12 @@ impl Core {
         match started {
             Ok(id) => {
                 self.place = Place::Running(id);
-                // Buffers may have been made available before anyone listened.
-                for (_, kick) in self.kicks() {
-                    let _ = kick.write(1);
+                // Buffers may have been made available before anyone listened. A driver that made some before DRIVER_OK kicks
+                // behind it in any case (3.1.1); this is for those that were there when the device was suspended.
+                if !self.is_remote {
+                    for (_, kick) in self.kicks() {
+                        let _ = kick.write(1);
+                    }
                 }
                 if let Some(what) = self.when_started.take() {
                     what();

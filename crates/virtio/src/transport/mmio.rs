@@ -96,6 +96,7 @@ impl Interrupt for Line {
 /// A device behind a page of registers.
 pub struct MmioTransport {
     line: Arc<Line>,
+    kicks: Vec<Arc<EventFd>>,
     registers: Mutex<Registers>,
 }
 
@@ -128,6 +129,7 @@ impl MmioTransport {
         let core = Core::new(device, thread, mem, line.clone())?;
         Ok(Self {
             line,
+            kicks: core.kicks().map(|(_, kick)| Arc::clone(kick)).collect(),
             registers: Mutex::new(Registers {
                 core,
                 device_features_select: 0,
@@ -139,13 +141,12 @@ impl MmioTransport {
 
     /// Writes that KVM can turn into kicks.
     pub fn doorbells(&self) -> Vec<Doorbell> {
-        let registers = self.lock();
-        let doorbell = |(index, event): (u16, &Arc<EventFd>)| Doorbell {
+        let doorbell = |(index, event): (u32, &Arc<EventFd>)| Doorbell {
             offset: register::QUEUE_NOTIFY,
-            value: Some(index.into()),
+            value: Some(index),
             event: Arc::clone(event),
         };
-        registers.core.kicks().map(doorbell).collect()
+        (0..).zip(&self.kicks).map(doorbell).collect()
     }
 
     /// What raises the line as well, for a device whose queues another process serves.
@@ -196,6 +197,15 @@ impl BusDevice for MmioTransport {
         };
         if offset == register::INTERRUPT_ACK {
             self.line.status.fetch_and(!value, Ordering::AcqRel);
+            return;
+        }
+        // What a doorbell does that KVM does not know. Without the lock: it may wait for another process.
+        if offset == register::QUEUE_NOTIFY {
+            let index = usize::try_from(value).ok();
+            if let Some(kick) = index.and_then(|index| self.kicks.get(index)) {
+                // At its maximum the counter is readable already.
+                let _ = kick.write(1);
+            }
             return;
         }
         let mut registers = self.lock();
@@ -249,7 +259,6 @@ impl Registers {
             register::QUEUE_NUM => core.set_queue_size(queue, u16::try_from(value).unwrap_or(0)),
             register::QUEUE_READY if value == 1 => core.enable_queue(queue),
             register::QUEUE_READY if value == 0 => core.disable_queue(queue),
-            register::QUEUE_NOTIFY => core.kick(u16::try_from(value).unwrap_or(u16::MAX)),
             register::STATUS => core.set_status((value & 0xff) as u8),
             register::QUEUE_DESC_LOW => ring(core, queue, Ring::Descriptors, false, value),
             register::QUEUE_DESC_HIGH => ring(core, queue, Ring::Descriptors, true, value),

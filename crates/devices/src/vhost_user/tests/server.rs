@@ -28,6 +28,8 @@ pub struct Character {
     pub config: [u8; SIZE],
     /// Changes an answer, or forgets it, given its request. The whole message, with its header.
     pub twist: fn(u32, Vec<u8>) -> Option<Vec<u8>>,
+    /// Has whoever kicks wait, until the session ends.
+    pub fills_kicks: bool,
 }
 
 impl Default for Character {
@@ -43,6 +45,7 @@ impl Default for Character {
             queues: 4,
             config,
             twist: |_, answer| Some(answer),
+            fills_kicks: false,
         }
     }
 }
@@ -84,6 +87,7 @@ impl Server {
                     features: 0,
                     queues: BTreeMap::new(),
                     disk: &mut disk,
+                    filled: Vec::new(),
                 };
                 while !leave.swap(false, Ordering::SeqCst) && session.turn().is_ok() {}
             }
@@ -108,6 +112,15 @@ struct Session<'a> {
     features: u64,
     queues: BTreeMap<u32, Setup>,
     disk: &'a mut Vec<u8>,
+    filled: Vec<File>,
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        for mut kick in self.filled.drain(..) {
+            kick.read_exact(&mut [0; 8]).unwrap();
+        }
+    }
 }
 
 #[derive(Default)]
@@ -213,6 +226,12 @@ impl Session<'_> {
                 let mut answer = body.to_vec();
                 answer[12..].copy_from_slice(&character.config[..body.len() - 12]);
                 return Some(answer);
+            }
+            12 if character.fills_kicks => {
+                let mut kick = file.unwrap();
+                rustix::fs::fcntl_setfl(&kick, rustix::fs::OFlags::empty()).unwrap();
+                kick.write_all(&(u64::MAX - 1).to_le_bytes()).unwrap();
+                self.filled.push(kick);
             }
             _ => return self.handle_queue(request, body, file),
         }
