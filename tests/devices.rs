@@ -67,6 +67,7 @@ pairs! {
         roots::a_root_file_system_is_served
         served::a_server_that_goes_away_is_the_guests_trouble_only
         served::a_served_disk_grows_under_a_running_guest
+        served::a_served_disk_is_in_huge_pages
         served::a_served_disk_is_there_after_a_reboot
         balloon::a_balloon_takes_and_gives_memory
         balloon::a_balloon_gives_way_before_the_guest_kills

@@ -60,6 +60,8 @@ impl Server {
                 ),
             ])
             .stdin(Stdio::null())
+            // It complains of clients that go: that must not stand in the test's own line.
+            .stderr(Stdio::null())
             .spawn()
             .expect("qemu-storage-daemon, of the package qemu-system-common");
         let server = Self {
@@ -337,6 +339,39 @@ fi
     let ended = guest(kernel, script).run(&[&words, flags].concat());
     assert_said(&ended, &["first\n", "found what was before\n"]);
     assert_eq!(ended.stderr, "");
+}
+
+/// Memory of the host's huge pages, which the server maps as well.
+pub fn a_served_disk_is_in_huge_pages(kernel: &Kernel, flags: &[&str]) {
+    const POOL: &str = "/proc/sys/vm/nr_hugepages";
+    let dir = temp_dir();
+    let path = image(dir.path(), "image", 8);
+    let server = Server::start(&path, ",writable=on");
+    let config = dir.path().join("config");
+    let machine =
+        r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 128, "huge_pages": "2M"}}"#;
+    std::fs::write(&config, machine).unwrap();
+    std::fs::write(POOL, "64").unwrap();
+    let script = "tool verify /dev/vda 8 direct 2; echo verified; read -r go";
+    let disk = server.disk("");
+    let words = words(
+        "--cmdline quiet --config",
+        &[text(&config), "--disk", &disk],
+    );
+    let guest = guest(kernel, script);
+    let mut vm = guest.start(&[&words, flags].concat());
+    vm.expect("tool: /dev/vda verified");
+    vm.expect("verified\n");
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let free = meminfo
+        .lines()
+        .find(|line| line.starts_with("HugePages_Free"));
+    let free = free.unwrap().split_whitespace().nth(1).unwrap().to_owned();
+    vm.send(b"\n");
+    let ended = vm.finish();
+    std::fs::write(POOL, "0").unwrap();
+    ended.expect_status(0);
+    assert!(free.parse::<u32>().unwrap() < 60, "{free} pages are free");
 }
 
 /// The server dies, and later hangs. The guest waits or is told, Husk says so, and can be asked and stopped; a server that is started

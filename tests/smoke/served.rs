@@ -31,6 +31,7 @@ impl Server {
         let child = Command::new("qemu-storage-daemon")
             .args(["--blockdev", &file, "--export", &export])
             .stdin(Stdio::null())
+            .stderr(Stdio::null())
             .spawn()
             .expect("qemu-storage-daemon, of the package qemu-system-common");
         let started = Instant::now();
