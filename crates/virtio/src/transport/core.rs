@@ -513,8 +513,8 @@ impl Core {
         match started {
             Ok(id) => {
                 self.place = Place::Running(id);
-                // Buffers may have been made available before anyone listened. A driver that made some before DRIVER_OK kicks
-                // behind it in any case (3.1.1); this is for those that were there when the device was suspended.
+                // Buffers may have been made available before anyone listened, as before the device was suspended. One that another
+                // process serves is not suspended (it can be in no snapshot), and a driver kicks behind DRIVER_OK in any case.
                 if !self.is_remote {
                     for (_, kick) in self.kicks() {
                         let _ = kick.write(1);
