@@ -5,24 +5,27 @@ use husk_config::{
     TokenBucket, UserNetwork, Vsock,
 };
 
-/// `--disk PATH[,ro][,root][,direct][,id=NAME][,cache=unsafe|writeback][,engine=auto|sync|uring][,queues=N][,rate=B][,ops=N]`.
+/// `--disk PATH|socket=PATH[,ro][,root][,direct][,id=NAME][,cache=unsafe|writeback][,engine=auto|sync|uring][,queues=N][,rate=B][,ops=N]`.
 /// `index` makes the name of a disk that has none.
 pub fn disk(text: &str, index: usize) -> Result<Drive, String> {
     let mut words = Words::new(text);
-    let path = words.first();
-    let mut drive = Drive::new(format!("disk{index}"), path);
+    let first = words.first();
+    let mut drive = Drive::new(format!("disk{index}"), &first);
+    if let Some(socket) = first.strip_prefix("socket=") {
+        (drive.path_on_host, drive.socket) = (None, Some(socket.into()));
+    }
     let mut limits = Limits::default();
     for (key, value) in words.rest() {
         match (key.as_str(), value.as_deref()) {
-            ("ro", None) => drive.is_read_only = true,
+            ("ro", None) => drive.is_read_only = Some(true),
             ("root", None) => drive.is_root_device = true,
             ("direct", None) => drive.direct = true,
             ("id", Some(id)) => drive.drive_id = id.into(),
             ("cache", Some("unsafe")) => drive.cache_type = CacheType::Unsafe,
             ("cache", Some("writeback")) => drive.cache_type = CacheType::Writeback,
-            ("engine", Some("auto")) => drive.io_engine = IoEngine::Auto,
-            ("engine", Some("sync")) => drive.io_engine = IoEngine::Sync,
-            ("engine", Some("uring")) => drive.io_engine = IoEngine::Async,
+            ("engine", Some("auto")) => drive.io_engine = Some(IoEngine::Auto),
+            ("engine", Some("sync")) => drive.io_engine = Some(IoEngine::Sync),
+            ("engine", Some("uring")) => drive.io_engine = Some(IoEngine::Async),
             ("queues", Some(count)) => drive.queues = number(&key, count)?,
             ("rate", Some(rate)) => limits.bytes = Some(bytes(&key, rate)?),
             ("ops", Some(ops)) => limits.ops = Some(number(&key, ops)?),
@@ -226,16 +229,19 @@ mod tests {
             0,
         );
         let full = full.unwrap();
-        assert_eq!(full.path_on_host.to_str(), Some("x,y"));
-        assert!(full.is_read_only && full.is_root_device && full.direct);
+        assert_eq!(full.path().to_str(), Some("x,y"));
+        assert!(full.read_only() && full.is_root_device && full.direct);
         assert_eq!((full.drive_id.as_str(), full.queues), ("r", 2));
         assert_eq!(
-            (full.cache_type, full.io_engine),
+            (full.cache_type, full.engine()),
             (CacheType::Writeback, IoEngine::Async)
         );
         let limits = full.rate_limiter.unwrap();
         assert_eq!(limits.bandwidth.unwrap().size, 1 << 20);
         assert_eq!(limits.ops.unwrap().size, 5);
+        let served = disk("socket=/run/d,,1,root,id=r", 0).unwrap();
+        assert_eq!(served.socket.unwrap().to_str(), Some("/run/d,1"));
+        assert!(served.path_on_host.is_none() && served.is_root_device);
         for bad in [
             "x,rw",
             "x,ro=1",

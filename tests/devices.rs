@@ -25,6 +25,8 @@ mod nets;
 mod roots;
 #[path = "devices/seen.rs"]
 mod seen;
+#[path = "devices/served.rs"]
+mod served;
 #[path = "devices/sockets.rs"]
 mod sockets;
 
@@ -44,6 +46,7 @@ pairs! {
         nets::networks_and_sockets_carry_everything
         roots::a_root_file_system_is_on_a_disk
         seen::whatever_is_set_is_seen_in_the_guest
+        served::a_served_disk_keeps_what_is_written
         sockets::either_end_of_a_connection_closes_first
     }
     debian_pci: debian ["--pci"] => {
@@ -56,9 +59,16 @@ pairs! {
         nets::networks_and_sockets_carry_everything
         roots::a_root_file_system_is_on_a_disk
         seen::whatever_is_set_is_seen_in_the_guest
+        served::a_served_disk_is_plugged_in
+        served::a_served_disk_keeps_what_is_written
         sockets::either_end_of_a_connection_closes_first
     }
     minimal_mmio: minimal [] => {
+        roots::a_root_file_system_is_served
+        served::a_server_that_goes_away_is_the_guests_trouble_only
+        served::a_served_disk_grows_under_a_running_guest
+        served::a_served_disk_is_in_huge_pages
+        served::a_served_disk_is_there_after_a_reboot
         balloon::a_balloon_takes_and_gives_memory
         balloon::a_balloon_gives_way_before_the_guest_kills
         balloon::memory_goes_back_to_the_host
@@ -74,9 +84,14 @@ pairs! {
         nets::the_user_network_needs_no_tap_and_forwards_ports
         roots::a_root_file_system_is_on_a_disk
         seen::whatever_is_set_is_seen_in_the_guest
+        served::a_served_disk_keeps_what_is_written
         sockets::either_end_of_a_connection_closes_first
     }
     minimal_pci: minimal ["--pci"] => {
+        roots::a_root_file_system_is_served
+        served::a_server_that_goes_away_is_the_guests_trouble_only
+        served::a_served_disk_grows_under_a_running_guest
+        served::a_served_disk_is_there_after_a_reboot
         disks::disks_keep_what_is_written
         disks::random_writes_come_back_from_each_engine
         failures::networks_that_go_away_are_the_guests_trouble_only
@@ -86,6 +101,7 @@ pairs! {
         nets::networks_and_sockets_carry_everything
         roots::a_root_file_system_is_on_a_disk
         seen::whatever_is_set_is_seen_in_the_guest
+        served::a_served_disk_keeps_what_is_written
         sockets::either_end_of_a_connection_closes_first
         sockets::sockets_carry_500_mb_each_way
     }

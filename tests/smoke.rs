@@ -21,6 +21,8 @@ mod machine;
 mod metrics;
 #[path = "smoke/seccomp.rs"]
 mod seccomp;
+#[path = "smoke/served.rs"]
+mod served;
 #[path = "smoke/settings.rs"]
 mod settings;
 

@@ -107,9 +107,9 @@ impl Disk {
             file
         });
         let mut drive = Drive::new("disk0", path(&files[0]));
-        drive.io_engine = io_engine;
+        drive.io_engine = Some(io_engine);
         drive.queues = 2;
-        drive.is_read_only = variant & 1 != 0;
+        drive.is_read_only = Some(variant & 1 != 0);
         if variant & 2 != 0 {
             drive.cache_type = CacheType::Writeback;
         }

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// A VM's socket, as programs that steer it use it.
-struct Api(PathBuf);
+pub struct Api(pub PathBuf);
 
 impl Api {
     /// The body of the answer; it must be one of success.
     #[track_caller]
-    fn request(&self, method: &str, path: &str, body: &str) -> String {
+    pub fn request(&self, method: &str, path: &str, body: &str) -> String {
         let url = format!("http://localhost{path}");
         let words = [
             "-sS",
@@ -29,8 +29,27 @@ impl Api {
         command("curl", &[&words, body].concat())
     }
 
+    /// Status and body, whatever they are.
     #[track_caller]
-    fn patch(&self, path: &str, body: &str) {
+    pub fn ask(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+        let url = format!("http://localhost{path}");
+        let words = [
+            "-sS",
+            "-w",
+            "\n%{http_code}",
+            "--unix-socket",
+            text(&self.0),
+        ];
+        let said = command(
+            "curl",
+            &[&words[..], &["-X", method, "-d", body, &url]].concat(),
+        );
+        let (body, status) = said.rsplit_once('\n').unwrap();
+        (status.parse().unwrap(), body.to_owned())
+    }
+
+    #[track_caller]
+    pub fn patch(&self, path: &str, body: &str) {
         self.request("PATCH", path, body);
     }
 }

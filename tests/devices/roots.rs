@@ -4,6 +4,7 @@ use crate::common::guest::{Kernel, LIMIT, busybox};
 use crate::common::{Vm, husk, temp_dir, text};
 use crate::help::guest;
 use crate::host::{command, make_image};
+use crate::served::Server;
 use std::fs::Permissions;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
@@ -86,6 +87,32 @@ pub fn a_root_file_system_is_on_a_disk(kernel: &Kernel, flags: &[&str]) {
         std::fs::read(&erofs).unwrap() == before,
         "erofs has changed"
     );
+}
+
+/// The same with servers of the images: ext4 is written, erofs cannot be, which its server says.
+pub fn a_root_file_system_is_served(kernel: &Kernel, flags: &[&str]) {
+    let dir = temp_dir();
+    let root = dir.path().join("root");
+    make_root(&root);
+    let [ext4, erofs] = ["ext4", "erofs"].map(|name| dir.path().join(name));
+    make_image(&ext4, 32 << 20);
+    command("mkfs.ext4", &["-q", "-F", "-d", text(&root), text(&ext4)]);
+    command("mkfs.erofs", &[text(&erofs), text(&root)]);
+    let server = Server::start(&ext4, ",writable=on");
+    let disk = server.disk(",root,cache=writeback");
+    let written = boot(kernel, &[flags, &["--disk", &disk]].concat(), "ext4");
+    for said in [" / ext4 rw", "from the root file system\n", "sum "] {
+        assert!(written.contains(said), "no {said:?}\n{written}");
+    }
+    drop(server);
+    command("e2fsck", &["-f", "-n", text(&ext4)]);
+
+    let server = Server::start(&erofs, "");
+    let disk = server.disk(",root");
+    let read = boot(kernel, &[flags, &["--disk", &disk]].concat(), "erofs");
+    for said in [" / erofs ro", "from the root file system\nread-only\n"] {
+        assert!(read.contains(said), "no {said:?}\n{read}");
+    }
 }
 
 /// The console of a guest with this root file system.

@@ -3,6 +3,7 @@
 //! **Architecture Invariant:** a leaf. It knows no KVM, no virtio, no configuration.
 #![forbid(unsafe_code)]
 
+use std::os::fd::RawFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// A device that answers reads and writes at an address range.
@@ -32,6 +33,11 @@ pub trait Interrupt: Send + Sync {
     fn config(&self);
     /// The device cannot go on: the status says DEVICE_NEEDS_RESET from now on, until the driver resets the device.
     fn needs_reset(&self);
+    /// An eventfd, open as long as this: a write to it is [`Interrupt::queue`], without this process. For devices that say that
+    /// another process serves their queues; none for others.
+    fn remote(&self, _index: u16) -> Option<RawFd> {
+        None
+    }
 }
 
 struct Range {

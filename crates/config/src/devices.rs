@@ -2,7 +2,7 @@
 
 use crate::{Error, is_default};
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Most queues that a disk or a network interface may have (pairs, for the latter).
 pub const MAX_QUEUES: u16 = 32;
@@ -14,24 +14,24 @@ pub const MAX_QUEUES: u16 = 32;
 pub struct Drive {
     /// Its name: letters, digits and `_`. The guest reads it as the disk's serial number.
     pub drive_id: String,
-    /// The raw image or block device.
+    /// The raw image or block device; this or `socket`.
     #[serde(default)]
-    pub path_on_host: PathBuf,
+    pub path_on_host: Option<PathBuf>,
     /// Tell the guest's kernel to take it for its root file system.
     pub is_root_device: bool,
     /// With `is_root_device`: the partition that holds the root file system.
     #[serde(default)]
     pub partuuid: Option<String>,
-    /// The guest cannot write.
+    /// The guest cannot write. With `socket` its server says so.
     #[serde(default)]
-    pub is_read_only: bool,
+    pub is_read_only: Option<bool>,
     /// What a flush by the guest means.
     #[serde(default)]
     pub cache_type: CacheType,
-    /// How requests reach the file.
+    /// How requests reach the file; `Auto` when absent.
     #[serde(default)]
-    pub io_engine: IoEngine,
-    /// A vhost-user-block server; Husk has its own disks and refuses this.
+    pub io_engine: Option<IoEngine>,
+    /// The Unix socket of a vhost-user-block server, whose disk it is.
     #[serde(default)]
     pub socket: Option<PathBuf>,
     /// Go around the host's page cache (O_DIRECT).
@@ -212,12 +212,12 @@ impl Drive {
     pub fn new(drive_id: impl Into<String>, path_on_host: impl Into<PathBuf>) -> Self {
         Self {
             drive_id: drive_id.into(),
-            path_on_host: path_on_host.into(),
+            path_on_host: Some(path_on_host.into()),
             is_root_device: false,
             partuuid: None,
-            is_read_only: false,
+            is_read_only: None,
             cache_type: CacheType::default(),
-            io_engine: IoEngine::default(),
+            io_engine: None,
             socket: None,
             direct: false,
             queues: 1,
@@ -225,23 +225,61 @@ impl Drive {
         }
     }
 
+    /// The file of a disk that has one; else no path.
+    pub fn path(&self) -> &Path {
+        self.path_on_host.as_deref().unwrap_or(Path::new(""))
+    }
+
+    /// The configuration says that the guest cannot write.
+    pub fn read_only(&self) -> bool {
+        self.is_read_only.unwrap_or(false)
+    }
+
+    /// How requests reach the file.
+    pub fn engine(&self) -> IoEngine {
+        self.io_engine.unwrap_or_default()
+    }
+
     pub(crate) fn validate(&self) -> Result<(), Error> {
         check_id(&self.drive_id)?;
         check_queues(&self.drive_id, self.queues)?;
-        if self.socket.is_some() {
-            return Err(Error::Device(
-                self.drive_id.clone(),
-                "names a vhost-user-block socket, which Husk does not speak: give path_on_host"
-                    .into(),
-            ));
+        let why = |text: String| Err(Error::Device(self.drive_id.clone(), text));
+        let Some(socket) = &self.socket else {
+            return match self.path().as_os_str().is_empty() {
+                true => why("has no file: give its path, or the socket of a server".into()),
+                false => Ok(()),
+            };
+        };
+        // sockaddr_un.
+        let length = socket.as_os_str().len();
+        if !(1..=107).contains(&length) {
+            return why(format!("has a socket of {length} bytes: give 1 to 107"));
         }
-        if self.path_on_host.as_os_str().is_empty() {
-            return Err(Error::Device(
-                self.drive_id.clone(),
-                "has no file: give its path".into(),
-            ));
+        let others = [
+            ("path_on_host", self.path_on_host.is_some()),
+            ("is_read_only", self.is_read_only.is_some()),
+            ("io_engine", self.io_engine.is_some()),
+            ("rate_limiter", self.rate_limiter.is_some()),
+            ("direct", self.direct),
+        ];
+        match others.iter().find(|(_, given)| *given) {
+            Some((other, _)) => why(format!(
+                "has a socket and {other}: leave one out, a vhost-user server decides for itself"
+            )),
+            None => Ok(()),
         }
-        Ok(())
+    }
+
+    /// What may change while the VM runs.
+    pub(crate) fn check_update(&self, path: bool, limits: bool) -> Result<(), Error> {
+        if self.socket.is_none() || !(path || limits) {
+            return Ok(());
+        }
+        let what = if path { "path_on_host" } else { "rate_limiter" };
+        let why = format!(
+            "is served by a vhost-user server, which has no {what}: give drive_id alone, to have its size read again"
+        );
+        Err(Error::Device(self.drive_id.clone(), why))
     }
 }
 
@@ -448,7 +486,32 @@ mod tests {
         );
         assert!(drive(|d| d.queues = 0).unwrap_err().contains("rootfs"));
         assert!(drive(|d| d.queues = 33).unwrap_err().contains("1 to 32"));
-        assert!(drive(|d| d.path_on_host = "".into()).is_err());
+        assert!(drive(|d| d.path_on_host = Some("".into())).is_err());
+        assert!(drive(|d| d.path_on_host = None).is_err());
+
+        let served = |change: fn(&mut Drive)| {
+            let mut drive = Drive::new("rootfs", "");
+            drive.path_on_host = None;
+            drive.socket = Some("/run/disk".into());
+            change(&mut drive);
+            drive.validate().map_err(|e| e.to_string())
+        };
+        served(|_| ()).unwrap();
+        served(|d| d.cache_type = CacheType::Writeback).unwrap();
+        served(|d| d.partuuid = Some("1234-01".into())).unwrap();
+        let refused = |field: &str, change: fn(&mut Drive)| {
+            let said = served(change).unwrap_err();
+            assert!(said.contains("rootfs") && said.contains(field), "{said}");
+        };
+        refused("path_on_host", |d| d.path_on_host = Some("/img".into()));
+        refused("is_read_only", |d| d.is_read_only = Some(false));
+        refused("io_engine", |d| d.io_engine = Some(IoEngine::Sync));
+        refused("rate_limiter", |d| {
+            d.rate_limiter = Some(RateLimiter::default())
+        });
+        refused("direct", |d| d.direct = true);
+        assert!(served(|d| d.socket = Some("".into())).is_err());
+        assert!(served(|d| d.socket = Some("x".repeat(108).into())).is_err());
 
         let net = |change: fn(&mut NetworkInterface)| {
             let mut interface = NetworkInterface::new("eth0");

@@ -313,6 +313,11 @@ impl VmConfig {
         self.validate_devices()
     }
 
+    /// The guest's memory must be one that other processes can map: they serve a device of it.
+    pub fn shares_memory(&self) -> bool {
+        self.drives.iter().any(|drive| drive.socket.is_some())
+    }
+
     /// The kernel command line when `boot_args` is absent: [`DEFAULT_BOOT_ARGS`], less what would hide hardware that is there.
     pub fn default_boot_args(&self) -> String {
         let line = default_boot_args(self.pci);

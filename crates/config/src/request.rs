@@ -302,7 +302,7 @@ fn set<T>(field: &mut T, new: Option<T>) {
 pub enum DeviceUpdate {
     /// A disk.
     Disk {
-        /// Go on with this file or block device; the same path again reads its size anew.
+        /// Go on with this file or block device; the same path again, or none, reads its size anew.
         path: Option<PathBuf>,
         /// Limits, from now on.
         rate_limiter: Option<RateLimiter>,
@@ -341,7 +341,10 @@ impl DeviceUpdate {
                 let mut drives = config.drives.iter_mut();
                 let drive = drives.find(|drive| drive.drive_id == id);
                 let drive = drive.ok_or_else(missing)?;
-                set(&mut drive.path_on_host, path.clone());
+                drive.check_update(path.is_some(), rate_limiter.is_some())?;
+                if path.is_some() {
+                    drive.path_on_host.clone_from(path);
+                }
                 limit(&mut drive.rate_limiter, *rate_limiter);
                 drive.validate()
             }
@@ -457,8 +460,8 @@ mod tests {
             Part::Drive(Drive::new("rootfs", path)).set(&mut config);
         }
         Part::Drive(Drive::new("data", "/c")).set(&mut config);
-        let paths: Vec<_> = config.drives.iter().map(|d| &d.path_on_host).collect();
-        assert_eq!(paths, ["/b", "/c"].map(std::path::Path::new).each_ref());
+        let paths: Vec<_> = config.drives.iter().map(Drive::path).collect();
+        assert_eq!(paths, ["/b", "/c"].map(std::path::Path::new));
     }
 
     #[test]
@@ -479,6 +482,26 @@ mod tests {
         assert_eq!((ops.bandwidth, ops.ops), (bucket(1), bucket(3)));
         assert_eq!(update(bucket(0), None).unwrap().bandwidth, None);
         assert_eq!(update(None, bucket(0)), None);
+    }
+
+    #[test]
+    fn a_drive_that_is_served_has_no_file_and_no_limits() {
+        let mut config = VmConfig::default();
+        assert!(!config.shares_memory());
+        let mut drive = Drive::new("d", "");
+        (drive.path_on_host, drive.socket) = (None, Some("/run/disk".into()));
+        Part::Drive(drive).set(&mut config);
+        assert!(config.shares_memory());
+        let mut update = |path: Option<PathBuf>, rate_limiter| {
+            let change = DeviceUpdate::Disk { path, rate_limiter };
+            change.apply("d", &mut config).map_err(|e| e.to_string())
+        };
+        update(None, None).unwrap();
+        let said = update(Some("/img".into()), None).unwrap_err();
+        assert!(said.contains("path_on_host"), "{said}");
+        let said = update(None, Some(RateLimiter::default())).unwrap_err();
+        assert!(said.contains("rate_limiter"), "{said}");
+        assert_eq!(config.drives[0].path_on_host, None);
     }
 
     #[test]

@@ -152,6 +152,7 @@ mod tests {
     #[test]
     fn it_is_a_sound_device() {
         check_device(&Subject {
+            memory: husk_virtio::testing::memory,
             make: &|| device(None),
             use_it: &use_it,
             use_again: None,

@@ -20,6 +20,7 @@ pub mod power;
 pub mod pvpanic;
 pub mod rate_limiter;
 pub mod serial;
+pub mod vhost_user;
 pub mod vsock;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -73,6 +74,17 @@ pub(crate) mod test_support {
         fn event(&self, event: GuestEvent) {
             self.0.lock().unwrap().push(event);
         }
+    }
+
+    /// Guest memory in a file that other processes can map.
+    pub(crate) fn shared_memory() -> husk_virtio::GuestMemory {
+        use husk_virtio::testing::MEMORY;
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = rustix::fs::memfd_create("test", flags).unwrap();
+        rustix::fs::ftruncate(&file, MEMORY).unwrap();
+        let file = vm_memory::FileOffset::new(file.into(), 0);
+        let range = (vm_memory::GuestAddress(0), MEMORY as usize, Some(file));
+        husk_virtio::GuestMemory::from_ranges_with_files([range]).unwrap()
     }
 
     /// An interrupt line: the device's end, and ours, which does not wait.

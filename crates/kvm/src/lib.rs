@@ -3,6 +3,7 @@
 //! **Architecture Invariant:** no guest memory is mapped, no device is known and no policy is made here; a caller
 //! hands over addresses, registers and event descriptors.
 
+mod blob;
 mod error;
 mod routes;
 mod state;

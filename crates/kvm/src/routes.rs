@@ -121,6 +121,29 @@ impl MsiVectors {
         result
     }
 
+    /// From now on a write to `event` sends the message of `vector`, which must have one; what was written before sends it at once.
+    pub fn connect(&self, vector: u16, event: &EventFd) -> Result<(), Error> {
+        match self.gsi(vector) {
+            Some(gsi) => self.vm.register_irqfd(event, gsi),
+            None => Err(Error::Ioctl("KVM_IRQFD", errno::Error::new(libc::ENOENT))),
+        }
+    }
+
+    /// Not any more: what is written to `event`, which was connected with `vector`, stays in it.
+    pub fn disconnect(&self, vector: u16, event: &EventFd) {
+        let result = match self.gsi(vector) {
+            Some(gsi) => self.vm.fd.unregister_irqfd(event, gsi),
+            None => Ok(()),
+        };
+        if let Err(e) = result {
+            log::debug!("KVM keeps an irqfd until the VM ends: {e}");
+        }
+    }
+
+    fn gsi(&self, vector: u16) -> Option<u32> {
+        lock(&self.gsis).get(usize::from(vector)).copied().flatten()
+    }
+
     /// Send the message of a vector: a write to its eventfd, no more. Nothing while it has none, or does not exist.
     pub fn trigger(&self, vector: u16) {
         if let Some(event) = self.events.get(usize::from(vector)) {
@@ -267,6 +290,25 @@ mod tests {
         vectors.trigger(0);
         vectors.set(&[(0, TO_CPU_0, 0x55)]).unwrap();
         assert!(arrives(&vcpu, 0x55));
+    }
+
+    #[test]
+    fn an_event_of_anothers_interrupts_while_it_is_connected_and_keeps_what_comes_between() {
+        let (vm, vcpu) = vm();
+        let vectors = MsiVectors::new(vm, 2).unwrap();
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        assert!(vectors.connect(0, &event).is_err(), "no message yet");
+        vectors
+            .set(&[(0, TO_CPU_0, 0x41), (1, TO_CPU_0, 0x42)])
+            .unwrap();
+        vectors.connect(0, &event).unwrap();
+        event.write(1).unwrap();
+        assert!(arrives(&vcpu, 0x41));
+        vectors.disconnect(0, &event);
+        event.write(1).unwrap();
+        assert!(!requested(&vcpu, 0x42));
+        vectors.connect(1, &event).unwrap();
+        assert!(arrives(&vcpu, 0x42));
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! What KVM knows of a VM and its vCPUs, to be kept and put back.
 //!
-//! In serialised form each part is the bytes of KVM's own structure, which is ABI and only ever grows at its end; what an older
-//! host has not told is zero.
+//! Each part is kept as the bytes of KVM's own structure, which is ABI and only ever grows at its end; what an older host has not
+//! told is zero.
 
+use crate::blob::Blob;
 use crate::vcpu::libc_error;
 use crate::{Error, Vcpu, Vm};
 use kvm_bindings::{
@@ -23,17 +24,17 @@ const MSRS_AT_ONCE: usize = 128;
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VcpuState {
     /// What the guest sees of the processor.
-    pub cpuid: Vec<kvm_cpuid_entry2>,
+    cpuid: Blob,
     /// Frequency of the guest's TSC.
-    pub tsc_khz: Option<u32>,
-    regs: kvm_regs,
-    sregs: kvm_sregs,
-    xsave: kvm_xsave,
-    xcrs: kvm_xcrs,
-    debug_regs: kvm_debugregs,
-    lapic: kvm_lapic_state,
-    events: kvm_vcpu_events,
-    mp_state: kvm_mp_state,
+    tsc_khz: Option<u32>,
+    regs: Blob,
+    sregs: Blob,
+    xsave: Blob,
+    xcrs: Blob,
+    debug_regs: Blob,
+    lapic: Blob,
+    events: Blob,
+    mp_state: Blob,
     /// Index and value.
     msrs: Vec<(u32, u64)>,
 }
@@ -41,11 +42,11 @@ pub struct VcpuState {
 /// Interrupt controllers, timer and clock of a VM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmState {
-    pic_master: kvm_irqchip,
-    pic_slave: kvm_irqchip,
-    ioapic: kvm_irqchip,
-    pit: kvm_pit_state2,
-    clock: kvm_clock_data,
+    pic_master: Blob,
+    pic_slave: Blob,
+    ioapic: Blob,
+    pit: Blob,
+    clock: Blob,
 }
 
 fn failed(call: &'static str) -> impl Fn(errno::Error) -> Error {
@@ -78,16 +79,16 @@ impl Vcpu {
             .get_vcpu_events()
             .map_err(failed("KVM_GET_VCPU_EVENTS"))?;
         Ok(VcpuState {
-            cpuid: cpuid.as_slice().to_vec(),
+            cpuid: Blob::of(cpuid.as_slice()),
             tsc_khz: fd.get_tsc_khz().ok(),
-            regs,
-            sregs,
-            xsave,
-            xcrs,
-            debug_regs,
-            lapic,
-            events,
-            mp_state,
+            regs: Blob::of(&regs),
+            sregs: Blob::of(&sregs),
+            xsave: Blob::of(&xsave),
+            xcrs: Blob::of(&xcrs),
+            debug_regs: Blob::of(&debug_regs),
+            lapic: Blob::of(&lapic),
+            events: Blob::of(&events),
+            mp_state: Blob::of(&mp_state),
             msrs,
         })
     }
@@ -95,27 +96,29 @@ impl Vcpu {
     /// Make this vCPU, which has not run, what `state` was.
     pub fn restore(&self, state: &VcpuState) -> Result<(), Error> {
         let fd = &self.fd;
-        let cpuid = CpuId::from_entries(&state.cpuid)
+        let cpuid = CpuId::from_entries(&state.cpuid.to_all::<kvm_cpuid_entry2>())
             .map_err(|_| Error::State("CPUID", libc_error(libc::E2BIG)))?;
         fd.set_cpuid2(&cpuid).map_err(refused("CPUID"))?;
         if let Some(khz) = state.tsc_khz.filter(|khz| fd.get_tsc_khz() != Ok(*khz)) {
             fd.set_tsc_khz(khz).map_err(refused("TSC frequency"))?;
         }
         // The APIC's base is in the special registers, and decides what the APIC's state means.
-        fd.set_mp_state(state.mp_state)
+        fd.set_mp_state(state.mp_state.to::<kvm_mp_state>())
             .map_err(refused("multiprocessing state"))?;
-        fd.set_sregs(&state.sregs)
+        fd.set_sregs(&state.sregs.to::<kvm_sregs>())
             .map_err(refused("special registers"))?;
-        fd.set_regs(&state.regs)
+        fd.set_regs(&state.regs.to::<kvm_regs>())
             .map_err(refused("general registers"))?;
-        fd.set_xcrs(&state.xcrs)
+        fd.set_xcrs(&state.xcrs.to::<kvm_xcrs>())
             .map_err(refused("extended control registers"))?;
         // SAFETY: KVM reads as much as the vCPU's features need, at most the 4096 bytes that are there: it offers more, by
         // KVM_CAP_XSAVE2, only to processes that have asked for features with more (arch_prctl), and Husk does not.
-        unsafe { fd.set_xsave(&state.xsave) }.map_err(refused("floating-point state"))?;
-        fd.set_debug_regs(&state.debug_regs)
+        unsafe { fd.set_xsave(&state.xsave.to::<kvm_xsave>()) }
+            .map_err(refused("floating-point state"))?;
+        fd.set_debug_regs(&state.debug_regs.to::<kvm_debugregs>())
             .map_err(refused("debug registers"))?;
-        fd.set_lapic(&state.lapic).map_err(refused("local APIC"))?;
+        fd.set_lapic(&state.lapic.to::<kvm_lapic_state>())
+            .map_err(refused("local APIC"))?;
         let (deadline, others): (Vec<_>, Vec<_>) = state
             .msrs
             .iter()
@@ -123,7 +126,7 @@ impl Vcpu {
             .partition(|&(index, _)| index == TSC_DEADLINE);
         self.restore_msrs(&others)?;
         self.restore_msrs(&deadline)?;
-        fd.set_vcpu_events(&state.events)
+        fd.set_vcpu_events(&state.events.to::<kvm_vcpu_events>())
             .map_err(refused("pending events"))
     }
 
@@ -180,7 +183,7 @@ impl Vcpu {
 impl Vm {
     /// All but the vCPUs and memory. No vCPU may run meanwhile.
     pub fn state(&self) -> Result<VmState, Error> {
-        let chip = |chip_id| -> Result<kvm_irqchip, Error> {
+        let chip = |chip_id| -> Result<Blob, Error> {
             let mut chip = kvm_irqchip {
                 chip_id,
                 ..Default::default()
@@ -188,7 +191,7 @@ impl Vm {
             self.fd
                 .get_irqchip(&mut chip)
                 .map_err(failed("KVM_GET_IRQCHIP"))?;
-            Ok(chip)
+            Ok(Blob::of(&chip))
         };
         let mut clock = self.fd.get_clock().map_err(failed("KVM_GET_CLOCK"))?;
         // Only KVM_GET_CLOCK has it.
@@ -197,8 +200,8 @@ impl Vm {
             pic_master: chip(KVM_IRQCHIP_PIC_MASTER)?,
             pic_slave: chip(KVM_IRQCHIP_PIC_SLAVE)?,
             ioapic: chip(KVM_IRQCHIP_IOAPIC)?,
-            pit: self.fd.get_pit2().map_err(failed("KVM_GET_PIT2"))?,
-            clock,
+            pit: Blob::of(&self.fd.get_pit2().map_err(failed("KVM_GET_PIT2"))?),
+            clock: Blob::of(&clock),
         })
     }
 
@@ -210,13 +213,15 @@ impl Vm {
             (&state.pic_slave, KVM_IRQCHIP_PIC_SLAVE, "second 8259"),
             (&state.ioapic, KVM_IRQCHIP_IOAPIC, "I/O APIC"),
         ] {
+            let chip: kvm_irqchip = chip.to();
             if chip.chip_id != id {
                 return Err(Error::State(part, libc_error(libc::EINVAL)));
             }
-            self.fd.set_irqchip(chip).map_err(refused(part))?;
+            self.fd.set_irqchip(&chip).map_err(refused(part))?;
         }
-        self.fd.set_pit2(&state.pit).map_err(refused("PIT"))?;
-        let mut clock = state.clock;
+        let pit: kvm_pit_state2 = state.pit.to();
+        self.fd.set_pit2(&pit).map_err(refused("PIT"))?;
+        let mut clock: kvm_clock_data = state.clock.to();
         if !realtime {
             clock.flags &= !kvm_bindings::KVM_CLOCK_REALTIME;
         }
@@ -294,7 +299,9 @@ mod tests {
         let good = || vcpu.state(&msrs).unwrap();
         let mut bad = good();
         // Reserved bits of CR4.
-        bad.sregs.cr4 = u64::MAX;
+        let mut sregs: kvm_sregs = bad.sregs.to();
+        sregs.cr4 = u64::MAX;
+        bad.sregs = Blob::of(&sregs);
         let error = vcpu.restore(&bad).unwrap_err();
         assert!(error.to_string().contains("special registers"), "{error}");
         let mut bad = good();
@@ -302,7 +309,9 @@ mod tests {
         let error = vcpu.restore(&bad).unwrap_err();
         assert!(error.to_string().contains("0xdead0000"), "{error}");
         let mut bad = vm.state().unwrap();
-        bad.ioapic.chip_id = 9;
+        let mut ioapic: kvm_irqchip = bad.ioapic.to();
+        ioapic.chip_id = 9;
+        bad.ioapic = Blob::of(&ioapic);
         let error = vm.restore(&bad, false).unwrap_err();
         assert!(error.to_string().contains("I/O APIC"), "{error}");
         vcpu.restore(&good()).unwrap();
@@ -313,9 +322,11 @@ mod tests {
         let kvm = Kvm::open().unwrap();
         let (vm, _vcpu) = counter(&kvm);
         let mut state = vm.state().unwrap();
-        state.clock.clock = 5_000_000_000;
+        let mut clock: kvm_clock_data = state.clock.to();
+        clock.clock = 5_000_000_000;
+        state.clock = Blob::of(&clock);
         vm.restore(&state, false).unwrap();
-        let now = vm.state().unwrap().clock.clock;
+        let now = vm.state().unwrap().clock.to::<kvm_clock_data>().clock;
         assert!((5_000_000_000..6_000_000_000).contains(&now), "{now}");
     }
 }

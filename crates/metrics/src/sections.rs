@@ -36,6 +36,8 @@ process! {
     put_api_requests: PutRequestsMetrics = PutRequestsMetrics::new(),
     /// System call filters.
     seccomp: SeccompMetrics = SeccompMetrics::new(),
+    /// Disks that other processes serve, by drive_id.
+    vhost_user_block: Family<VhostUserBlockMetrics> = Family::new(Naming::Listed("drive_id")),
     /// vCPUs, by number.
     vcpu: Family<VcpuMetrics> = Family::new(Naming::Label("vcpu")),
     /// The monitor.
@@ -523,6 +525,22 @@ sections! {
         entropy_rate_limiter_throttled: Counter,
         /// Times that the rate limiter's timer brought new tokens.
         rate_limiter_event_count: Counter,
+    }
+
+    /// A disk that another process serves.
+    VhostUserBlockMetrics {
+        /// Times that the server could not be started.
+        activate_fails: Counter,
+        /// Times that the server's configuration space could not be read anew.
+        cfg_fails: Counter,
+        /// Times that the server was lost while the guest used the disk.
+        event_fails: Counter,
+        /// Time that the server took until the disk was known.
+        init_time_us: Micros,
+        /// Time that it took the last time that the driver started the disk.
+        activate_time_us: Micros,
+        /// Time that it took the last time that its configuration space was read anew.
+        config_change_time_us: Micros,
     }
 
     /// Interrupts of virtio devices.

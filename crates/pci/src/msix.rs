@@ -3,6 +3,7 @@
 use crate::{ConfigSpace, Error};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Most vectors that a function may have here; the format has room for 2048.
 pub const MAX_VECTORS: u16 = 128;
@@ -33,6 +34,11 @@ pub trait MsiSink: Send + Sync {
     fn set(&self, messages: &[(u16, Message)]);
     /// Send a vector's message. On any thread, as often as a device likes: neither lock nor block.
     fn trigger(&self, vector: u16);
+    /// From now on a write to `event`, by whoever has it, sends the message of `vector`, which has one; what was written before sends
+    /// it at once. On a vCPU thread.
+    fn connect(&self, vector: u16, event: &EventFd) -> std::io::Result<()>;
+    /// Not any more: writes to `event` send nothing, and are kept in it. It was connected with `vector`.
+    fn disconnect(&self, vector: u16, event: &EventFd);
 }
 
 /// The MSI-X table and pending bits of one function.
@@ -102,6 +108,17 @@ impl Msix {
     /// MSI-X is on: interrupts are messages, and nothing else.
     pub fn is_enabled(&self) -> bool {
         self.enabled.load(Ordering::Acquire)
+    }
+
+    /// Messages of `vector` may be sent: it exists, MSI-X is on, and neither is masked.
+    pub fn is_open(&self, vector: u16) -> bool {
+        let vector = self.vectors.get(usize::from(vector));
+        vector.is_some_and(|vector| !vector.masked.load(Ordering::SeqCst))
+    }
+
+    /// Where messages go.
+    pub fn sink(&self) -> &dyn MsiSink {
+        &*self.sink
     }
 
     /// Send the message of `vector`, or remember that it is pending while it is masked. Without a lock. Vectors that do not
@@ -240,6 +257,10 @@ mod tests {
         fn trigger(&self, vector: u16) {
             self.0.lock().unwrap().push(Event::Sent(vector));
         }
+        fn connect(&self, _: u16, _: &EventFd) -> std::io::Result<()> {
+            Err(std::io::ErrorKind::Unsupported.into())
+        }
+        fn disconnect(&self, _: u16, _: &EventFd) {}
     }
 
     impl Recorder {

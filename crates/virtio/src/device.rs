@@ -92,6 +92,12 @@ pub trait VirtioDevice: Send {
     /// Constant facts; `config` is always the same space.
     fn info(&self) -> DeviceInfo;
 
+    /// Some: another process serves the queues. It takes kicks and interrupts the driver itself ([`husk_bus::Interrupt::remote`]),
+    /// no [`VirtioDevice::queue_ready`] comes, and of [`crate::RING_FEATURES`] these are offered, with VERSION_1 among them.
+    fn remote_ring_features(&self) -> Option<u64> {
+        None
+    }
+
     /// The driver wrote `data` at `offset` of the configuration space. The device takes over what the driver may change.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 

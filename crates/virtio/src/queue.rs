@@ -388,6 +388,22 @@ impl ActiveQueue {
         &self.irq
     }
 
+    /// Another process has served it so far, and does not any more: it has taken the chains before the available index `next`.
+    pub fn was_served(&mut self, next: u16) -> Result<(), QueueError> {
+        self.next_available = Wrapping(next);
+        self.available = self.next_available;
+        self.next_used = Wrapping(self.used_ring.load(INDEX, Ordering::Acquire)?);
+        self.published = self.next_used;
+        Ok(())
+    }
+
+    /// How many chains were given back so far, modulo 65536, whoever did it.
+    pub fn used_index(&self) -> Result<u16, QueueError> {
+        self.used_ring
+            .load(INDEX, Ordering::Acquire)
+            .map_err(QueueError::from)
+    }
+
     /// Where it is and how far it has come. What was added but not flushed is not given back yet.
     pub fn state(&self) -> QueueState {
         QueueState {

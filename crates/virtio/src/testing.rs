@@ -65,6 +65,7 @@ pub struct Mmio {
     /// The transport.
     pub transport: Arc<MmioTransport>,
     line: EventFd,
+    remote: Option<EventFd>,
 }
 
 impl Mmio {
@@ -77,8 +78,11 @@ impl Mmio {
         let line = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
         let end = line.try_clone().expect("an eventfd");
         let transport = MmioTransport::new(device, Arc::clone(thread), mem.clone(), end);
+        let transport = Arc::new(transport.expect("a transport"));
+        let remote = transport.remote_line().map(EventFd::try_clone);
         Self {
-            transport: Arc::new(transport.expect("a transport")),
+            remote: remote.transpose().expect("an eventfd"),
+            transport,
             line,
         }
     }
@@ -144,8 +148,11 @@ impl Registers for Mmio {
         self.transport.write(0x100 + offset, data);
     }
     fn take_interrupt(&self) -> bool {
-        let edge = self.line.read().is_ok();
-        let status = self.get(0x60);
+        let remote = self.remote.as_ref().map(EventFd::read);
+        let edge = self.line.read().is_ok() || remote.is_some_and(|read| read.is_ok());
+        // A device that another process serves always says that it may be a queue.
+        let always = u32::from(self.remote.is_some());
+        let status = self.get(0x60) & !always;
         self.set(0x64, status);
         edge || status != 0
     }

@@ -86,8 +86,9 @@ impl DeviceThread {
         interrupt: Arc<dyn Interrupt>,
     ) -> Result<RunningId, (Option<Device>, String)> {
         let begin = move |loops: &mut dyn SubscriberOps<Subscriber = Running>| {
-            let kicks = queues
-                .iter()
+            let is_remote = device.remote_ring_features().is_some();
+            let own = queues.iter().filter(|_| !is_remote);
+            let kicks = own
                 .map(|queue| (queue.kick().as_raw_fd(), u32::from(queue.index())))
                 .collect();
             let mut device = device;

@@ -1,17 +1,19 @@
 //! Virtio devices: made from their configuration, put on a bus, and connected to KVM.
 
+mod opened;
+
+pub use opened::Opened;
+
 use crate::error::Error;
 use crate::footprint::schedule_in_batches;
 use crate::host::Watch;
 use husk_arch::acpi::MmioSlot;
 use husk_arch::layout;
 use husk_bus::Bus;
-use husk_config::{DeviceUpdate, Drive, Event, NetworkInterface, NewDevice, VmConfig};
+use husk_config::{DeviceUpdate, Event, NewDevice, VmConfig};
 use husk_devices::balloon::Balloon;
-use husk_devices::block::Block;
 use husk_devices::entropy::Entropy;
 use husk_devices::net::Net;
-use husk_devices::vsock::Vsock;
 use husk_kvm::MsiVectors;
 use husk_metrics::METRICS;
 use husk_mmds::{Mmds, Server, Stack};
@@ -21,14 +23,14 @@ use husk_virtio::transport::mmio::MmioTransport;
 use husk_virtio::transport::pci::PciTransport;
 use husk_virtio::transport::{Core, Doorbell};
 use husk_virtio::{DeviceThread, GuestMemory, VirtioDevice};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use std::collections::BTreeMap;
+use opened::{VSOCK, open_drive, open_interface, open_vsock, take};
 use std::fmt::Write;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 /// A device that is on no bus yet, with its name.
@@ -53,91 +55,9 @@ pub fn hotplug_slots(config: &VmConfig) -> usize {
     }
 }
 
-/// Devices that were opened when they were configured, by name.
-#[derive(Default)]
-pub struct Opened {
-    drives: BTreeMap<String, Block>,
-    interfaces: BTreeMap<String, Net>,
-    vsock: BTreeMap<String, Vsock>,
-}
-
-impl Opened {
-    /// Open a disk. The one of its name, which may hold the same file, is closed before; when this fails, it is opened again
-    /// as `before` has it.
-    pub fn drive(&mut self, drive: &Drive, before: &VmConfig) -> Result<(), Error> {
-        let id = drive.drive_id.as_str();
-        let old = before.drives.iter().find(|old| old.drive_id == id);
-        replace(
-            &mut self.drives,
-            id,
-            || open_drive(drive),
-            || old.map(open_drive),
-        )
-    }
-
-    /// The same for a network interface.
-    pub fn interface(
-        &mut self,
-        interface: &NetworkInterface,
-        before: &VmConfig,
-    ) -> Result<(), Error> {
-        let id = interface.iface_id.as_str();
-        let mut interfaces = before.network_interfaces.iter();
-        let old = interfaces.find(|old| old.iface_id == id);
-        let new = || open_interface(interface);
-        replace(&mut self.interfaces, id, new, || old.map(open_interface))
-    }
-
-    /// The same for the vsock device.
-    pub fn vsock(&mut self, vsock: &husk_config::Vsock, before: &VmConfig) -> Result<(), Error> {
-        let old = before.vsock.as_ref();
-        replace(
-            &mut self.vsock,
-            VSOCK,
-            || open_vsock(vsock),
-            || old.map(open_vsock),
-        )
-    }
-}
-
-fn replace<T>(
-    opened: &mut BTreeMap<String, T>,
-    id: &str,
-    new: impl FnOnce() -> Result<T, Error>,
-    old: impl FnOnce() -> Option<Result<T, Error>>,
-) -> Result<(), Error> {
-    opened.remove(id);
-    let (device, result) = match new() {
-        Ok(device) => (Some(device), Ok(())),
-        Err(e) => (old().and_then(Result::ok), Err(e)),
-    };
-    opened.extend(device.map(|device| (id.to_owned(), device)));
-    result
-}
-
-/// The device called `id`, opened now if it is not yet.
-fn take<T>(
-    opened: &mut BTreeMap<String, T>,
-    id: &str,
-    open: impl FnOnce() -> Result<T, Error>,
-) -> Result<T, Error> {
-    opened.remove(id).map_or_else(open, Ok)
-}
-
-/// The vsock device's name.
-const VSOCK: &str = "vsock";
-
-fn open_drive(drive: &Drive) -> Result<Block, Error> {
-    Block::new(drive).map_err(|e| failed(&drive.drive_id, e))
-}
-
-fn open_interface(interface: &NetworkInterface) -> Result<Net, Error> {
-    Net::new(interface).map_err(|e| failed(&interface.iface_id, e))
-}
-
-fn open_vsock(vsock: &husk_config::Vsock) -> Result<Vsock, Error> {
-    raise_descriptor_limit();
-    Vsock::new(vsock).map_err(|e| failed(VSOCK, e))
+/// Whether other processes can map the guest's memory.
+fn is_shared(memory: &GuestMemory) -> bool {
+    memory.iter().all(|region| region.file_offset().is_some())
 }
 
 /// The devices of `config`: those that are `opened`, the others opened now; the guest reads its metadata from `mmds`. Nothing
@@ -148,7 +68,7 @@ pub fn open(config: &VmConfig, opened: &mut Opened, mmds: &Arc<Mmds>) -> Result<
     let (root, others): (Vec<_>, Vec<_>) = config.drives.iter().partition(|d| d.is_root_device);
     for drive in root.into_iter().chain(others) {
         let device = take(&mut opened.drives, &drive.drive_id, || open_drive(drive))?;
-        devices.push((drive.drive_id.clone(), Box::new(device)));
+        devices.push((drive.drive_id.clone(), device.device()));
     }
     // Of this VM alone, and so are its session tokens.
     let server = config.mmds_config.as_ref();
@@ -188,18 +108,6 @@ fn metadata(
             Stack::new(Arc::clone(server), mmds.address()).map(Some)
         }
         _ => Ok(None),
-    }
-}
-
-/// Each vsock connection takes a descriptor, and the usual soft limit is made for programs that use select().
-fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        ..limit
-    };
-    if let Err(e) = setrlimit(Resource::Nofile, raised) {
-        log::debug!("the limit on descriptors stays: {e}");
     }
 }
 
@@ -244,15 +152,24 @@ pub fn slots(config: &VmConfig) -> Result<Vec<MmioSlot>, Error> {
     Ok((0..count as u32).map(slot).collect())
 }
 
-/// The kernel's whole command line: the user's, and what it must know of the devices.
-pub fn command_line(config: &VmConfig, slots: &[MmioSlot]) -> Result<String, Error> {
+/// The kernel's whole command line: the user's, and what it must know of the devices. The configuration says whether the root device
+/// can be written, or else `root_is_read_only`, of [`Opened::root_is_read_only`].
+pub fn command_line(
+    config: &VmConfig,
+    slots: &[MmioSlot],
+    root_is_read_only: bool,
+) -> Result<String, Error> {
     let given = &config.boot_source.boot_args;
     let mut line = match given {
         Some(given) => given.clone(),
         None => config.default_boot_args(),
     };
     if let Some(root) = config.drives.iter().find(|drive| drive.is_root_device) {
-        let mode = if root.is_read_only { "ro" } else { "rw" };
+        let mode = if root_is_read_only || root.read_only() {
+            "ro"
+        } else {
+            "rw"
+        };
         let place = match &root.partuuid {
             Some(partition) => format!("PARTUUID={partition}"),
             None => "/dev/vda".into(),
@@ -431,7 +348,10 @@ impl Devices {
             return Err(Error::TooManyDevices { count, most });
         }
         let opened: Box<dyn VirtioDevice> = match device {
-            NewDevice::Drive(drive) => Box::new(Block::new(drive).map_err(|e| failed(&id, e))?),
+            NewDevice::Drive(drive) if drive.socket.is_some() && !is_shared(place.memory) => {
+                return Err(Error::NoLateSharing(id));
+            }
+            NewDevice::Drive(drive) => open_drive(drive)?.device(),
             NewDevice::Network(net) => Box::new(Net::new(net).map_err(|e| failed(&id, e))?),
         };
         match self.put(id, opened, None, place)? {
@@ -506,6 +426,9 @@ fn attach_mmio(
     place.kvm.register_irqfd(&line, slot.irq)?;
     let transport = MmioTransport::new(device, thread, place.memory.clone(), line)
         .map_err(|e| Error::Host("an eventfd", e))?;
+    if let Some(line) = transport.remote_line() {
+        place.kvm.register_irqfd(line, slot.irq)?;
+    }
     let (own, base) = (transport.doorbells(), slot.address);
     let tell = doorbells.sender.clone();
     transport.when_started(Box::new(move || {
@@ -577,6 +500,15 @@ impl MsiSink for Vectors {
     fn trigger(&self, vector: u16) {
         METRICS.interrupts.triggers.inc();
         self.0.trigger(vector);
+    }
+
+    fn connect(&self, vector: u16, event: &EventFd) -> std::io::Result<()> {
+        let connected = self.0.connect(vector, event);
+        connected.map_err(std::io::Error::other)
+    }
+
+    fn disconnect(&self, vector: u16, event: &EventFd) {
+        self.0.disconnect(vector, event);
     }
 }
 
@@ -686,7 +618,7 @@ impl Drop for DoorbellThread {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use husk_config::{Entropy as EntropyConfig, default_boot_args};
+    use husk_config::{Drive, Entropy as EntropyConfig, default_boot_args};
 
     fn config() -> VmConfig {
         let mut root = Drive::new("root", "/img");
@@ -703,18 +635,23 @@ mod tests {
         let mut config = config();
         let slots = slots(&config).unwrap();
         assert_eq!(slots.len(), 3);
-        let line = command_line(&config, &slots).unwrap();
+        let line = command_line(&config, &slots, false).unwrap();
         assert!(line.starts_with(&default_boot_args(false)), "{line}");
         let end = " root=/dev/vda rw virtio_mmio.device=0x1000@0xc0001000:6 \
                    virtio_mmio.device=0x1000@0xc0002000:7 virtio_mmio.device=0x1000@0xc0003000:8";
         assert!(line.ends_with(end), "{line}");
-        config.drives[1].is_read_only = true;
+        config.drives[1].is_read_only = Some(true);
         config.drives[1].partuuid = Some("1234-01".into());
         config.boot_source.boot_args = Some("mine".into());
-        let line = command_line(&config, &[]).unwrap();
+        let line = command_line(&config, &[], false).unwrap();
         assert_eq!(line, "mine root=PARTUUID=1234-01 ro");
+        config.drives[1].is_read_only = None;
+        for (server, mode) in [(true, "ro"), (false, "rw")] {
+            let line = command_line(&config, &[], server).unwrap();
+            assert_eq!(line, format!("mine root=PARTUUID=1234-01 {mode}"));
+        }
         config.boot_source.boot_args = Some("x".repeat(2040));
-        assert!(command_line(&config, &slots).is_err());
+        assert!(command_line(&config, &slots, false).is_err());
     }
 
     #[test]

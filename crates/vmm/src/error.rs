@@ -68,6 +68,11 @@ pub enum Error {
         "the network interface {0} cannot be plugged in: `user` is for interfaces that are there from the start, give a tap"
     )]
     NoLatePasst(String),
+    /// Memory is made before.
+    #[error(
+        "the disk {0} cannot be plugged in: the VM's memory is shared with vhost-user servers only if a drive with a socket is there from the start"
+    )]
+    NoLateSharing(String),
     /// More devices than there are places for them.
     #[error("{count} devices do not fit, there is room for {most}; leave some out, or use --pci")]
     TooManyDevices {
@@ -226,6 +231,7 @@ impl Error {
             | Error::NoDevice(_)
             | Error::NoHotplug(_)
             | Error::NoLatePasst(_)
+            | Error::NoLateSharing(_)
             | Error::TooManyDevices { .. }
             | Error::Serial(..)
             | Error::Mmds(_)

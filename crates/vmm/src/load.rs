@@ -21,7 +21,7 @@ const PAGE: u64 = 4096;
 pub fn load(
     config: &VmConfig,
     kernel: &Kernel,
-    slots: &[MmioSlot],
+    (slots, root_is_read_only): (&[MmioSlot], bool),
     memory: &GuestMemory,
     cache: &Cache,
 ) -> Result<BootState, Error> {
@@ -29,7 +29,7 @@ pub fn load(
     // A kernel with ACPI would find each device twice, and complain.
     let by_acpi = slots.is_empty() || (uses_acpi(source) && kernel.has_acpi(cache));
     let told = if by_acpi { &[] } else { slots };
-    let command_line = devices::command_line(config, told)?;
+    let command_line = devices::command_line(config, told, root_is_read_only)?;
     let kernel_end = place_kernel(kernel, memory)?;
     let pvh_entry = choose(source, kernel)?;
     let initrd = source

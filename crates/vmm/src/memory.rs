@@ -2,6 +2,7 @@
 
 use husk_arch::memory_map::{Range, memory_ranges};
 use husk_config::HugePages;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -9,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 const PAGE: u64 = 4096;
 /// Size of a huge page: host and guest addresses agree modulo this, so that KVM can map one as a whole.
@@ -38,6 +39,11 @@ pub enum Error {
         "the VM needs huge pages of 2 MiB, which this host's kernel does not have; use huge_pages None"
     )]
     NoHugePages,
+    /// No file to share.
+    #[error(
+        "the host gives no memory that other processes can share, which a vhost-user device needs"
+    )]
+    Share(#[source] rustix::io::Errno),
     /// vm-memory refused the reservation.
     #[error("guest memory of {} MiB cannot be described; use another --memory", .0 >> 20)]
     Describe(u64),
@@ -102,7 +108,7 @@ static ZERO: [u8; PAGE as usize] = [0; PAGE as usize];
 pub struct GuestMemory {
     memory: GuestMemoryMmap,
     slots: Vec<(Range, u64)>,
-    /// The pages are huge ones: files are copied.
+    /// Files are copied: the pages are huge ones, or others see memory only as it is in its own file.
     copies: bool,
     /// Where files are mapped: guest-physical addresses.
     mapped: Mutex<Vec<Range>>,
@@ -113,11 +119,31 @@ pub struct GuestMemory {
 impl GuestMemory {
     /// Reserve `size` bytes (a multiple of the page size, of 2 MiB with [`HugePages::TwoMiB`]); none of them is touched.
     pub fn new(size: u64, pages: HugePages) -> Result<Self, Error> {
-        let (low, high) = memory_ranges(size).ok_or(Error::Describe(size))?;
         let reservation = match pages {
             HugePages::TwoMiB => Reservation::of_huge_pages(size)?,
             HugePages::None | HugePages::Transparent => Reservation::new(size)?,
         };
+        Self::over(reservation, size, pages, None)
+    }
+
+    /// The same in a file that other processes can map, with each region's place in it: for devices that they serve. Nobody who
+    /// has the file can change its size, and so make this process fault.
+    pub fn shared(size: u64, pages: HugePages) -> Result<Self, Error> {
+        let file = memory_file(size, pages)?;
+        let reservation = match pages {
+            HugePages::TwoMiB => Reservation::of_file_of_huge_pages(size, &file)?,
+            HugePages::None | HugePages::Transparent => Reservation::of_file(size, &file)?,
+        };
+        Self::over(reservation, size, pages, Some(Arc::new(file)))
+    }
+
+    fn over(
+        reservation: Reservation,
+        size: u64,
+        pages: HugePages,
+        file: Option<Arc<File>>,
+    ) -> Result<Self, Error> {
+        let (low, high) = memory_ranges(size).ok_or(Error::Describe(size))?;
         if pages == HugePages::Transparent {
             reservation.advise_huge_pages(size);
         }
@@ -125,7 +151,12 @@ impl GuestMemory {
         slots.extend(high.map(|high| (high, reservation.aligned + low.size)));
         let regions = slots
             .iter()
-            .map(|&(range, host)| region(range, host))
+            .map(|&(range, host)| {
+                let offset = host - reservation.aligned;
+                let file = file.as_ref();
+                let file = file.map(|file| FileOffset::from_arc(Arc::clone(file), offset));
+                region(range, host, file)
+            })
             .collect::<Option<Vec<_>>>();
         let memory = regions
             .and_then(|regions| GuestMemoryMmap::from_arc_regions(regions).ok())
@@ -133,7 +164,7 @@ impl GuestMemory {
         Ok(Self {
             memory,
             slots,
-            copies: pages == HugePages::TwoMiB,
+            copies: pages == HugePages::TwoMiB || file.is_some(),
             mapped: Mutex::default(),
             _reservation: reservation,
         })
@@ -170,7 +201,7 @@ impl GuestMemory {
 
     /// Let the guest find `size` bytes of `file` from `offset` at `address`. `file` must be that long.
     ///
-    /// Whole pages are mapped, privately, unless memory is made of huge pages: VMs that boot the same file share its pages in the host's page cache, and
+    /// Whole pages are mapped, privately, unless memory is shared or made of huge pages: VMs that boot the same file share its pages in the host's page cache, and
     /// bytes that the guest never looks at are never read. What does not fill a page, or lies in the file at another
     /// place within its page than in memory, is copied.
     pub fn place_file(
@@ -350,11 +381,17 @@ impl GuestMemory {
     }
 }
 
-fn region(range: Range, host: u64) -> Option<Arc<GuestRegionMmap>> {
+fn region(range: Range, host: u64, file: Option<FileOffset>) -> Option<Arc<GuestRegionMmap>> {
     let size = usize::try_from(range.size).ok()?;
-    let builder = MmapRegionBuilder::new(size)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+    let builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    let builder = match file {
+        None => {
+            builder.with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        }
+        Some(file) => builder
+            .with_file_offset(file)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE),
+    };
     // SAFETY: `host..host + size` lies in the reservation of the GuestMemory that keeps the result, and that drops the
     // reservation last. The region does not own the mapping, so it is unmapped once.
     let mapping = unsafe { builder.with_raw_mmap_pointer(host as *mut u8) }
@@ -363,7 +400,23 @@ fn region(range: Range, host: u64) -> Option<Arc<GuestRegionMmap>> {
     GuestRegionMmap::new(mapping, GuestAddress(range.start)).map(Arc::new)
 }
 
-/// Host address space with private, zeroed, unreserved memory behind it.
+/// A file in memory of `size` bytes, none of them there yet, whose size nobody can change.
+fn memory_file(size: u64, pages: HugePages) -> Result<File, Error> {
+    let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    if pages == HugePages::TwoMiB {
+        flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    }
+    let file = memfd_create("guest-memory", flags).map_err(|e| match pages {
+        HugePages::TwoMiB => no_huge_pages(size, e),
+        HugePages::None | HugePages::Transparent => Error::Share(e),
+    })?;
+    ftruncate(&file, size).map_err(Error::Share)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+        .map_err(Error::Share)?;
+    Ok(file.into())
+}
+
+/// Host address space with zeroed memory behind it: private and unreserved, or that of a file.
 #[derive(Debug)]
 struct Reservation {
     start: u64,
@@ -406,6 +459,47 @@ impl Reservation {
                 size,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB,
+            )
+        }
+        .map_err(|e| no_huge_pages(memory, e))? as u64;
+        Ok(Self {
+            start,
+            size,
+            aligned: start,
+        })
+    }
+
+    /// With `file` behind all of the memory.
+    fn of_file(memory: u64, file: &File) -> Result<Self, Error> {
+        let reservation = Self::new(memory)?;
+        // SAFETY: the range from `aligned` lies within the reservation, which is a multiple of 2 MiB longer than `memory`;
+        // nobody has been told of it yet.
+        unsafe {
+            mmap(
+                reservation.aligned as *mut _,
+                memory as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
+                file,
+                0,
+            )
+        }
+        .map_err(|e| Error::Reserve(memory, e))?;
+        Ok(reservation)
+    }
+
+    /// The same with a file of pages of 2 MiB, which are set aside as in [`Reservation::of_huge_pages`].
+    fn of_file_of_huge_pages(memory: u64, file: &File) -> Result<Self, Error> {
+        let size = usize::try_from(memory).map_err(|_| Error::Describe(memory))?;
+        // SAFETY: as in `new`.
+        let start = unsafe {
+            mmap(
+                null_mut(),
+                size,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                file,
+                0,
             )
         }
         .map_err(|e| no_huge_pages(memory, e))? as u64;
@@ -470,135 +564,4 @@ impl Drop for Reservation {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Write;
-
-    fn file(bytes: &[u8]) -> File {
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(bytes).unwrap();
-        file
-    }
-
-    fn read(memory: &GuestMemory, address: u64, size: usize) -> Vec<u8> {
-        let mut bytes = vec![0; size];
-        memory
-            .memory()
-            .read_slice(&mut bytes, GuestAddress(address))
-            .unwrap();
-        bytes
-    }
-
-    fn pattern(size: usize) -> Vec<u8> {
-        (0..size).map(|i| (i % 251) as u8 + 1).collect()
-    }
-
-    #[test]
-    fn a_file_stands_in_memory_whatever_its_alignment() {
-        let bytes = pattern(5 * 4096);
-        let source = file(&bytes);
-        for (offset, size, address) in [
-            (0, 5 * 4096, 0x10_0000),      // whole pages
-            (0, 4096 * 2 + 17, 0x10_0000), // a tail
-            (100, 4096 * 3, 0x10_0064),    // head and tail, congruent
-            (100, 4096 * 3, 0x10_0000),    // not congruent
-            (5, 10, 0x10_0005),            // within a page
-            (4090, 10, 0x10_0ffa),         // across two pages, none whole
-        ] {
-            let memory = GuestMemory::new(32 << 20, HugePages::None).unwrap();
-            memory.place_file(&source, offset, size, address).unwrap();
-            let expected = &bytes[offset as usize..(offset + size) as usize];
-            assert_eq!(
-                read(&memory, address, size as usize),
-                expected,
-                "{offset} {size} {address:#x}"
-            );
-            assert_eq!(read(&memory, address - 1, 1), [0]);
-            assert_eq!(read(&memory, address + size, 4096), [0; 4096]);
-        }
-    }
-
-    #[test]
-    fn a_guests_writes_do_not_reach_the_file() {
-        let bytes = pattern(8192);
-        let source = file(&bytes);
-        let memory = GuestMemory::new(32 << 20, HugePages::None).unwrap();
-        memory.place_file(&source, 0, 8192, 0x10_0000).unwrap();
-        memory.write(0x10_0000, &[0; 8192]).unwrap();
-        let other = GuestMemory::new(32 << 20, HugePages::None).unwrap();
-        other.place_file(&source, 0, 8192, 0x10_0000).unwrap();
-        assert_eq!(read(&other, 0x10_0000, 8192), bytes);
-    }
-
-    #[test]
-    fn addresses_outside_memory_are_refused() {
-        let memory = GuestMemory::new(32 << 20, HugePages::None).unwrap();
-        let source = file(&pattern(8192));
-        for address in [(32 << 20) - 4096, 32 << 20, 0xc000_0000, u64::MAX - 4095] {
-            assert!(memory.place_file(&source, 0, 8192, address).is_err());
-            assert!(memory.write(address, &[1; 8192]).is_err());
-        }
-        assert_eq!(memory.read_u16(u64::MAX), None);
-    }
-
-    #[test]
-    fn a_file_shorter_than_promised_is_an_error() {
-        let memory = GuestMemory::new(32 << 20, HugePages::None).unwrap();
-        assert!(
-            memory
-                .place_file(&file(&[1, 2, 3]), 0, 100, 0x10_0000)
-                .is_err()
-        );
-    }
-
-    #[test]
-    fn hundreds_of_gib_cost_nothing_until_they_are_touched() {
-        let size = 512 << 30;
-        let memory = GuestMemory::new(size, HugePages::None).unwrap();
-        let top = 0x1_0000_0000 + size - 0xc000_0000;
-        memory.write(top - 4096, &[7; 4096]).unwrap();
-        assert_eq!(read(&memory, top - 1, 1), [7]);
-        assert!(memory.write(top, &[7]).is_err());
-    }
-
-    #[test]
-    fn memory_above_the_hole_is_at_4_gib() {
-        let memory = GuestMemory::new(4 << 30, HugePages::None).unwrap();
-        memory.write(0x1_0000_0000, &[1]).unwrap();
-        memory.write(0xbfff_ffff, &[1]).unwrap();
-        assert!(memory.write(0xc000_0000, &[1]).is_err());
-        assert!(
-            memory
-                .slots()
-                .iter()
-                .all(|(range, host)| range.start % HUGE_PAGE == host % HUGE_PAGE)
-        );
-    }
-
-    #[test]
-    fn transparent_huge_pages_are_memory_like_any() {
-        let memory = GuestMemory::new(32 << 20, HugePages::Transparent).unwrap();
-        let bytes = pattern(3 * 4096 + 100);
-        memory
-            .place_file(&file(&bytes), 0, bytes.len() as u64, 0x10_0000)
-            .unwrap();
-        assert_eq!(read(&memory, 0x10_0000, bytes.len()), bytes);
-    }
-
-    #[test]
-    fn a_host_without_enough_huge_pages_gets_told_what_to_do() {
-        // 16 TiB: no pool has as much.
-        let error = GuestMemory::new(16 << 40, HugePages::TwoMiB).unwrap_err();
-        let said = error.to_string();
-        match error {
-            Error::HugePages { needed, enough, .. } => {
-                assert_eq!(needed, 8 << 20);
-                assert!(enough >= needed, "{said}");
-                let command = format!("echo {enough} > /proc/sys/vm/nr_hugepages");
-                assert!(said.contains(&command), "{said}");
-            }
-            Error::NoHugePages => assert!(said.contains("huge_pages None"), "{said}"),
-            other => panic!("{other:?}"),
-        }
-    }
-}
+mod tests;

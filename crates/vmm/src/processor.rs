@@ -75,6 +75,7 @@ mod tests {
 
     fn with(cpu_config: &str) -> Wanted {
         Wanted {
+            shared_memory: false,
             machine: MachineConfig::default(),
             cpu_config: Some(serde_json::from_str(cpu_config).unwrap()),
         }

@@ -14,6 +14,8 @@ use std::thread::JoinHandle;
 pub struct Wanted {
     pub machine: MachineConfig,
     pub cpu_config: Option<CpuConfig>,
+    /// Memory is in a file that other processes can map.
+    pub shared_memory: bool,
 }
 
 impl Wanted {
@@ -22,6 +24,7 @@ impl Wanted {
         Self {
             machine: config.machine_config.clone(),
             cpu_config: config.cpu_config.clone(),
+            shared_memory: config.shares_memory(),
         }
     }
 }

@@ -101,9 +101,15 @@ impl Vmm {
 fn shown(config: &VmConfig) -> VmConfig {
     let mut config = config.clone();
     for drive in &mut config.drives {
-        if drive.io_engine == IoEngine::Auto {
-            drive.io_engine = IoEngine::Async;
+        // A server has what is null here.
+        if drive.socket.is_some() {
+            continue;
         }
+        drive.is_read_only = Some(drive.read_only());
+        drive.io_engine = Some(match drive.engine() {
+            IoEngine::Auto => IoEngine::Async,
+            engine => engine,
+        });
     }
     config
 }

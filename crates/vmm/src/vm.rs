@@ -96,7 +96,8 @@ impl Vm {
                     Start::Saved(Box::new(saved.snapshot))
                 }
                 None => {
-                    let boot = prepare_boot(config, kernel, memory, host, &slots)?;
+                    let root = opened.root_is_read_only(config)?;
+                    let boot = prepare_boot(config, kernel, memory, host, (&slots, root))?;
                     Start::Boot(Box::new(boot))
                 }
             };
@@ -358,7 +359,11 @@ impl Ready {
         meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error>,
     ) -> Result<(Self, T), Error> {
         // Before KVM's descriptors, so that it is dropped after them.
-        let memory = GuestMemory::new(memory_size(&wanted.machine)?, wanted.machine.huge_pages)?;
+        let (size, pages) = (memory_size(&wanted.machine)?, wanted.machine.huge_pages);
+        let memory = match wanted.shared_memory {
+            true => GuestMemory::shared(size, pages)?,
+            false => GuestMemory::new(size, pages)?,
+        };
         let kvm = Arc::new(Kvm::open()?);
         // It takes a while to start, and is there when it is needed.
         let mut first = BootProcessor::start(Arc::clone(&kvm), wanted, aids)?;
@@ -617,14 +622,20 @@ fn prepare_boot(
     kernel: Option<Kernel>,
     memory: &GuestMemory,
     host: &Host,
-    slots: &[MmioSlot],
+    (slots, root_is_read_only): (&[MmioSlot], bool),
 ) -> Result<BootState, Error> {
     let cpus = config.machine_config.vcpu_count;
     let kernel = match kernel {
         Some(kernel) => kernel,
         None => Kernel::open(&config.boot_source.kernel_image_path, &host.cache)?,
     };
-    let boot = load(config, &kernel, slots, memory, &host.cache)?;
+    let boot = load(
+        config,
+        &kernel,
+        (slots, root_is_read_only),
+        memory,
+        &host.cache,
+    )?;
     let acpi = AcpiConfig {
         cpus,
         virtio_mmio: slots,

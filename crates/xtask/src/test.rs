@@ -39,6 +39,7 @@ const TOOLS: &[(&str, &str)] = &[
     ("mkfs.erofs", "erofs-utils"),
     ("nsenter", "util-linux"),
     ("passt", "passt"),
+    ("qemu-storage-daemon", "qemu-system-common"),
     ("setpriv", "util-linux"),
     ("setsid", "util-linux"),
 ];

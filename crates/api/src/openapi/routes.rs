@@ -319,7 +319,7 @@ pub const ROUTES: &[Route] = &[
     change(
         "PUT",
         "/drives/{id}",
-        "A disk: before boot, and with PCI plugged into a running VM",
+        "A disk, of a file or of a vhost-user server: before boot, and with PCI plugged into a running VM",
         Any,
         schema::<Drive>,
         r#"{"drive_id":"x","path_on_host":"/img","is_root_device":false,"partuuid":null,"is_read_only":true,"cache_type":"Writeback","io_engine":"Async","rate_limiter":null,"socket":null}"#,
@@ -327,7 +327,7 @@ pub const ROUTES: &[Route] = &[
     change(
         "PATCH",
         "/drives/{id}",
-        "Go on with another file (the same one: its size is read anew), change limits",
+        "Go on with another file (the same one, or none: its size is read anew), change limits; a vhost-user server's disk is only looked at anew",
         AfterBoot,
         schema::<DriveUpdate>,
         LIMITER,

@@ -3,7 +3,7 @@
 
 use husk_virtio::GuestMemory;
 use rustix::mm::{Advice, madvise};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Give whole pages of `length` bytes at `address` back to the host: they read as zeroes, or as the file that was mapped
 /// there, until they are written again. What is not memory, or no whole page, stays as it is: a guest that lies harms itself.
@@ -26,10 +26,16 @@ pub fn discard(mem: &GuestMemory, address: u64, length: u64) -> u64 {
     if !(host.as_ptr() as u64).is_multiple_of(PAGE) {
         return 0;
     }
+    // Of memory that others map as well, the page itself must go, not only its place here.
+    let region = mem.find_region(GuestAddress(start));
+    let advice = match region.is_some_and(|region| region.file_offset().is_some()) {
+        true => Advice::LinuxRemove,
+        false => Advice::LinuxDontNeed,
+    };
     // SAFETY: the range lies within the mapping of guest memory, which `mem` keeps alive, and is whole pages of it. Nobody
     // holds references into guest memory: it is read and written by volatile copies, by system calls and by KVM, all of
     // which must expect the guest to change it at any time.
-    let result = unsafe { madvise(host.as_ptr().cast(), size as usize, Advice::LinuxDontNeed) };
+    let result = unsafe { madvise(host.as_ptr().cast(), size as usize, advice) };
     if let Err(e) = result {
         log::debug!("{size} bytes of guest memory were not given back: {e}");
         return 0;

@@ -1,7 +1,7 @@
 use super::*;
 use husk_virtio::testing::{Driver, Layout, Mmio, Subject, check_device, memory};
 use husk_virtio::{DeviceThread, GuestMemory};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 const ALL: Config = Config {
     amount_mib: 8,
@@ -67,12 +67,14 @@ fn use_it(driver: &mut Driver) {
 #[test]
 fn it_is_a_sound_device() {
     check_device(&Subject {
+        memory: husk_virtio::testing::memory,
         make: &|| balloon(&ALL),
         use_it: &use_it,
         use_again: None,
         eager: &[0, 1],
     });
     check_device(&Subject {
+        memory: husk_virtio::testing::memory,
         make: &|| balloon(&Config::default()),
         use_it: &use_it,
         use_again: None,
@@ -204,4 +206,22 @@ fn what_the_guest_gives_is_counted() {
     assert_eq!(m.free_page_report_freed.total(), 8192);
     assert_eq!(m.free_page_report_fails.total(), 1);
     assert_eq!(m.event_fails.total(), 0);
+}
+
+#[test]
+fn memory_that_others_map_goes_back_to_the_host_as_well() {
+    use std::os::unix::fs::MetadataExt;
+    let mem = crate::test_support::shared_memory();
+    let region = mem.iter().next().unwrap();
+    let blocks = || {
+        let file = region.file_offset().unwrap().file();
+        file.metadata().unwrap().blocks()
+    };
+    mem.write_slice(&[7; 64 << 12], GuestAddress(FREE * PAGE))
+        .unwrap();
+    assert_eq!(blocks(), 64 * PAGE / 512);
+    assert_eq!(discard::discard(&mem, FREE * PAGE, 60 * PAGE), 60 * PAGE);
+    assert_eq!(blocks(), 4 * PAGE / 512);
+    let byte: u8 = mem.read_obj(GuestAddress(FREE * PAGE)).unwrap();
+    assert_eq!(byte, 0);
 }

@@ -40,11 +40,11 @@ enum Stopped {
 impl Engine {
     /// As `drive` has it.
     pub(super) fn new(drive: &Drive) -> Result<Self, Error> {
-        let ring = match drive.io_engine {
+        let ring = match drive.engine() {
             IoEngine::Sync => None,
             IoEngine::Async => {
                 let ring = Ring::new(IN_FLIGHT);
-                Some(ring.map_err(|e| Error::IoUring(drive.path_on_host.clone(), e))?)
+                Some(ring.map_err(|e| Error::IoUring(drive.path().into(), e))?)
             }
             IoEngine::Auto => Ring::new(IN_FLIGHT)
                 .inspect_err(|e| {

@@ -40,11 +40,11 @@ pub(super) fn features(drive: &Drive) -> u64 {
     if drive.queues > 1 {
         bits.push(VIRTIO_BLK_F_MQ);
     }
-    match drive.is_read_only {
+    match drive.read_only() {
         true => bits.push(VIRTIO_BLK_F_RO),
         false => bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]),
     }
-    if drive.cache_type == CacheType::Writeback && !drive.is_read_only {
+    if drive.cache_type == CacheType::Writeback && !drive.read_only() {
         bits.push(VIRTIO_BLK_F_FLUSH);
     }
     bits.iter().fold(0, |all, bit| all | 1 << bit)

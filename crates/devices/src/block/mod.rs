@@ -131,9 +131,9 @@ struct Started {
 impl Block {
     /// Open and lock the file of `drive`, which was checked with its VM's configuration.
     pub fn new(drive: &Drive) -> Result<Self, Error> {
-        let path = &drive.path_on_host;
+        let path = drive.path();
         let access = Access {
-            read_only: drive.is_read_only,
+            read_only: drive.read_only(),
             direct: drive.direct,
         };
         let disk = Disk::open(path, access)?;
@@ -148,7 +148,7 @@ impl Block {
             queue_count: drive.queues,
             id,
             config: ConfigSpace::new(layout::config(drive, &disk)),
-            limiter: limiter.map_err(|e| Error::Limiter(path.clone(), e))?,
+            limiter: limiter.map_err(|e| Error::Limiter(path.into(), e))?,
             engine: Engine::new(drive)?,
             disk,
             bounce: Bounce::default(),

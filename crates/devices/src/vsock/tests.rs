@@ -156,6 +156,7 @@ fn it_passes_the_kit() {
         assert_eq!((socket.guest, ok(&host)), (7, socket.host));
     };
     check_device(&Subject {
+        memory: husk_virtio::testing::memory,
         make: &|| Box::new(device(&path).unwrap()),
         use_it: &use_it,
         use_again: Some(&|driver| passes_on(driver)),

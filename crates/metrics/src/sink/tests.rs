@@ -109,6 +109,7 @@ fn latencies_add_up_however_short_they_are() {
 fn every_value_is_in_both_formats_under_a_name_of_its_own() {
     let metrics = metrics();
     let _devices = (metrics.block.member("root"), metrics.net.member("eth0"));
+    let _served = metrics.vhost_user_block.member("data");
     for family in ["0", "1"] {
         metrics.vcpu.member(family);
     }
@@ -170,6 +171,7 @@ fn lines_have_firecrackers_sections_and_names() {
         "get_api_requests.instance_info_count",
         "i8042.reset_count",
         "uart.write_count",
+        "vhost_user_block.activate_time_us",
         "latencies_us.full_create_snapshot",
         "logger.missed_metrics_count",
         "mmds.rx_accepted",

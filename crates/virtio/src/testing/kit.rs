@@ -1,6 +1,6 @@
 //! What every device must do and survive, over every transport.
 
-use super::{Driver, Layout, Mmio, Pci, Registers, memory};
+use super::{Driver, Layout, Mmio, Pci, Registers};
 use crate::queue::QueueState;
 use crate::transport::Core;
 use crate::{DeviceThread, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, GuestMemory, VirtioDevice};
@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 pub struct Subject<'a> {
     /// A new device.
     pub make: &'a dyn Fn() -> Box<dyn VirtioDevice>,
+    /// Memory for its guest: [`super::memory`], or more of the kind.
+    pub memory: fn() -> GuestMemory,
     /// Do something useful with a device that was started, and check it.
     pub use_it: &'a dyn Fn(&mut Driver),
     /// The same after `use_it` without a reset in between, where that needs another way.
@@ -40,7 +42,7 @@ pub fn check_device(subject: &Subject) {
     for (name, attach) in transports() {
         let check = |what: &str, test: &dyn Fn(&mut Driver)| {
             eprintln!("--- {name}: {what}");
-            let mem = memory();
+            let mem = (subject.memory)();
             let registers = attach((subject.make)(), &thread, &mem);
             let mut driver = Driver::new(registers, mem);
             test(&mut driver);

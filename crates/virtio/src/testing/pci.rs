@@ -8,8 +8,10 @@ use crate::{DeviceThread, GuestMemory, VirtioDevice};
 use husk_bus::BusDevice;
 use husk_pci::{Function, Message, MsiSink};
 use std::collections::HashMap;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Where messages end: who was told what, and what was sent.
 #[derive(Default)]
@@ -18,12 +20,24 @@ pub struct Sink {
     pub messages: Mutex<HashMap<u16, Message>>,
     /// A bit for each vector that has sent since it was last looked at.
     sent: AtomicU64,
+    /// Events of other processes, by their descriptor, and the vector of each.
+    connected: Mutex<HashMap<RawFd, (u16, EventFd)>>,
 }
 
 impl Sink {
     /// The vectors that have sent since the last call, as bits.
     pub fn take(&self) -> u64 {
-        self.sent.swap(0, Ordering::SeqCst)
+        let connected = self.connected.lock().unwrap();
+        let written = connected.values().filter(|(_, event)| event.read().is_ok());
+        let written = written.fold(0, |all, (vector, _)| all | 1 << (vector % 64));
+        self.sent.swap(0, Ordering::SeqCst) | written
+    }
+
+    /// An event of another process that is connected with this vector, as that process has it.
+    pub fn event(&self, vector: u16) -> Option<EventFd> {
+        let connected = self.connected.lock().unwrap();
+        let event = connected.values().find(|(own, _)| *own == vector);
+        event.map(|(_, event)| event.try_clone().expect("an eventfd"))
     }
 }
 
@@ -39,6 +53,23 @@ impl MsiSink for Sink {
         let known = self.messages.lock().unwrap().contains_key(&vector);
         assert!(known, "vector {vector} sends, but has no message");
         self.sent.fetch_or(1 << (vector % 64), Ordering::SeqCst);
+    }
+
+    fn connect(&self, vector: u16, event: &EventFd) -> std::io::Result<()> {
+        let known = self.messages.lock().unwrap().contains_key(&vector);
+        assert!(known, "vector {vector} is connected, but has no message");
+        let other = self
+            .connected
+            .lock()
+            .unwrap()
+            .insert(event.as_raw_fd(), (vector, event.try_clone()?));
+        assert!(other.is_none(), "an event is connected twice");
+        Ok(())
+    }
+
+    fn disconnect(&self, vector: u16, event: &EventFd) {
+        let other = self.connected.lock().unwrap().remove(&event.as_raw_fd());
+        assert_eq!(other.map(|(own, _)| own), Some(vector));
     }
 }
 

@@ -6,6 +6,7 @@ use crate::thread::{DeviceThread, RunningId};
 use crate::{F_EVENT_IDX, F_RING_RESET, F_VERSION_1, GuestMemory, RING_FEATURES};
 use husk_bus::Interrupt;
 use serde::{Deserialize, Serialize};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use virtio_bindings::bindings::virtio_config::{
@@ -106,6 +107,10 @@ impl Interrupt for Signals {
         }
         self.interrupt.needs_reset();
     }
+
+    fn remote(&self, index: u16) -> Option<RawFd> {
+        self.interrupt.remote(index)
+    }
 }
 
 /// The device's side of a transport, without its registers. A transport keeps it behind one lock, which is taken on vCPU
@@ -122,6 +127,8 @@ pub struct Core {
     mem: GuestMemory,
     signals: Arc<Signals>,
     when_started: Option<Box<dyn FnOnce() + Send>>,
+    /// Another process takes the kicks. It could fill their counters, so that a write to one waits: never with the transport locked.
+    is_remote: bool,
 }
 
 impl Core {
@@ -146,9 +153,11 @@ impl Core {
                 kick: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
             })
         });
+        let remote = device.remote_ring_features();
+        let known = remote.unwrap_or(RING_FEATURES);
         let mut core = Self {
             id,
-            offered: features | RING_FEATURES,
+            offered: features | RING_FEATURES & known,
             config,
             status: 0,
             accepted: 0,
@@ -162,6 +171,7 @@ impl Core {
                 when_reset: OnceLock::new(),
             }),
             when_started: None,
+            is_remote: remote.is_some(),
         };
         core.forget_driver();
         Ok(core)
@@ -395,14 +405,6 @@ impl Core {
         self.config.generation()
     }
 
-    /// The driver has made buffers available: what a doorbell does that KVM does not know.
-    pub fn kick(&self, index: u16) {
-        if let Some(queue) = self.queues.get(usize::from(index)) {
-            // At its maximum the counter is readable already.
-            let _ = queue.kick.write(1);
-        }
-    }
-
     /// What is to become readable at a kick, queue by queue.
     pub fn kicks(&self) -> impl Iterator<Item = (u16, &Arc<EventFd>)> {
         (0..)
@@ -511,9 +513,12 @@ impl Core {
         match started {
             Ok(id) => {
                 self.place = Place::Running(id);
-                // Buffers may have been made available before anyone listened.
-                for (_, kick) in self.kicks() {
-                    let _ = kick.write(1);
+                // Buffers may have been made available before anyone listened, as before the device was suspended. One that another
+                // process serves is not suspended (it can be in no snapshot), and a driver kicks behind DRIVER_OK in any case.
+                if !self.is_remote {
+                    for (_, kick) in self.kicks() {
+                        let _ = kick.write(1);
+                    }
                 }
                 if let Some(what) = self.when_started.take() {
                     what();

@@ -6,9 +6,10 @@ use crate::GuestMemory;
 use crate::device::VirtioDevice;
 use crate::thread::DeviceThread;
 use husk_bus::{BusDevice, Interrupt};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Register offsets (4.2.2).
 mod register {
@@ -52,9 +53,17 @@ const INTERRUPT_CONFIG: u32 = 2;
 struct Line {
     status: AtomicU32,
     line: EventFd,
+    /// The same line, for another process that serves the queues.
+    remote: Option<EventFd>,
 }
 
 impl Line {
+    /// Why the line was raised. Another process does not say why, and then it is for a queue, if for anything.
+    fn status(&self) -> u32 {
+        let remote = self.remote.as_ref().map_or(0, |_| INTERRUPT_VRING);
+        self.status.load(Ordering::Acquire) | remote
+    }
+
     /// An edge, unless the driver has still to acknowledge one for the same cause: it looks at its queues after that.
     fn raise(&self, cause: u32) {
         if self.status.fetch_or(cause, Ordering::AcqRel) & cause == 0 {
@@ -78,11 +87,16 @@ impl Interrupt for Line {
     fn needs_reset(&self) {
         self.raise(INTERRUPT_CONFIG);
     }
+
+    fn remote(&self, _index: u16) -> Option<RawFd> {
+        self.remote.as_ref().map(AsRawFd::as_raw_fd)
+    }
 }
 
 /// A device behind a page of registers.
 pub struct MmioTransport {
     line: Arc<Line>,
+    kicks: Vec<Arc<EventFd>>,
     registers: Mutex<Registers>,
 }
 
@@ -104,13 +118,18 @@ impl MmioTransport {
         mem: GuestMemory,
         line: EventFd,
     ) -> std::io::Result<Self> {
+        // One of its own: a process that has the other end of `line` could fill it, and what writes to it here would wait.
+        let remote = device.remote_ring_features();
+        let remote = remote.map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC));
         let line = Arc::new(Line {
             status: AtomicU32::new(0),
             line,
+            remote: remote.transpose()?,
         });
         let core = Core::new(device, thread, mem, line.clone())?;
         Ok(Self {
             line,
+            kicks: core.kicks().map(|(_, kick)| Arc::clone(kick)).collect(),
             registers: Mutex::new(Registers {
                 core,
                 device_features_select: 0,
@@ -122,13 +141,17 @@ impl MmioTransport {
 
     /// Writes that KVM can turn into kicks.
     pub fn doorbells(&self) -> Vec<Doorbell> {
-        let registers = self.lock();
-        let doorbell = |(index, event): (u16, &Arc<EventFd>)| Doorbell {
+        let doorbell = |(index, event): (u32, &Arc<EventFd>)| Doorbell {
             offset: register::QUEUE_NOTIFY,
-            value: Some(index.into()),
+            value: Some(index),
             event: Arc::clone(event),
         };
-        registers.core.kicks().map(doorbell).collect()
+        (0..).zip(&self.kicks).map(doorbell).collect()
+    }
+
+    /// What raises the line as well, for a device whose queues another process serves.
+    pub fn remote_line(&self) -> Option<&EventFd> {
+        self.line.remote.as_ref()
     }
 
     /// Call `what` once, when a driver starts the device for the first time.
@@ -152,8 +175,7 @@ impl BusDevice for MmioTransport {
     fn read(&self, offset: u64, data: &mut [u8]) {
         // Without the lock: on the way of every interrupt.
         if offset == register::INTERRUPT_STATUS && data.len() == 4 {
-            let status = self.line.status.load(Ordering::Acquire);
-            return data.copy_from_slice(&status.to_le_bytes());
+            return data.copy_from_slice(&self.line.status().to_le_bytes());
         }
         let registers = self.lock();
         if let Some(offset) = offset.checked_sub(register::CONFIG) {
@@ -175,6 +197,15 @@ impl BusDevice for MmioTransport {
         };
         if offset == register::INTERRUPT_ACK {
             self.line.status.fetch_and(!value, Ordering::AcqRel);
+            return;
+        }
+        // What a doorbell does that KVM does not know. Without the lock: it may wait for another process.
+        if offset == register::QUEUE_NOTIFY {
+            let index = usize::try_from(value).ok();
+            if let Some(kick) = index.and_then(|index| self.kicks.get(index)) {
+                // At its maximum the counter is readable already.
+                let _ = kick.write(1);
+            }
             return;
         }
         let mut registers = self.lock();
@@ -203,7 +234,7 @@ impl Registers {
             register::DEVICE_FEATURES => self.core.device_features(self.device_features_select),
             register::QUEUE_NUM_MAX => self.core.queue_max_size(queue).into(),
             register::QUEUE_READY => self.core.is_queue_enabled(queue).into(),
-            register::INTERRUPT_STATUS => line.status.load(Ordering::Acquire),
+            register::INTERRUPT_STATUS => line.status(),
             register::STATUS => self.core.status().into(),
             // No shared memory regions: length and base read as all ones (4.2.2).
             register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
@@ -228,7 +259,6 @@ impl Registers {
             register::QUEUE_NUM => core.set_queue_size(queue, u16::try_from(value).unwrap_or(0)),
             register::QUEUE_READY if value == 1 => core.enable_queue(queue),
             register::QUEUE_READY if value == 0 => core.disable_queue(queue),
-            register::QUEUE_NOTIFY => core.kick(u16::try_from(value).unwrap_or(u16::MAX)),
             register::STATUS => core.set_status((value & 0xff) as u8),
             register::QUEUE_DESC_LOW => ring(core, queue, Ring::Descriptors, false, value),
             register::QUEUE_DESC_HIGH => ring(core, queue, Ring::Descriptors, true, value),

@@ -91,6 +91,7 @@ fn use_echo(driver: &mut Driver) {
 #[test]
 fn every_transport_drives_a_device() {
     check_device(&Subject {
+        memory: crate::testing::memory,
         make: &Echo::boxed,
         use_it: &use_echo,
         use_again: None,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 fn drive(path: &Path, read_only: bool) -> Drive {
     let mut drive = Drive::new("disk0", path);
-    drive.is_read_only = read_only;
+    drive.is_read_only = Some(read_only);
     drive
 }
 
@@ -57,7 +57,7 @@ fn what_is_no_disk_is_refused_at_once() {
 fn what_is_no_whole_sector_is_not_seen() {
     let folder = folder();
     let path = image(folder.path(), "disk", SIZE);
-    let guest = &mut Guest::new(|drive| drive.path_on_host.clone_from(&path));
+    let guest = &mut Guest::new(|drive| drive.path_on_host = Some(path.clone()));
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.set_len(1500).unwrap();
     guest.update(Some(&path), None).unwrap();
@@ -70,7 +70,7 @@ fn what_is_no_whole_sector_is_not_seen() {
 fn a_disk_that_grows_or_shrinks_tells_its_driver() {
     for engine in ENGINES {
         for name_it in [false, true] {
-            let guest = &mut Guest::new(|drive| drive.io_engine = engine);
+            let guest = &mut Guest::new(|drive| drive.io_engine = Some(engine));
             guest.read(0, 512);
             guest.driver.registers.take_interrupt();
             let path = guest.path.clone();
@@ -98,7 +98,7 @@ fn a_disk_that_grows_or_shrinks_tells_its_driver() {
 #[test]
 fn another_file_takes_the_place_of_the_first() {
     for engine in ENGINES {
-        let guest = &mut Guest::new(|drive| drive.io_engine = engine);
+        let guest = &mut Guest::new(|drive| drive.io_engine = Some(engine));
         let folder = folder();
         let other = folder.path().join("other");
         std::fs::write(&other, vec![9; 1 << 20]).unwrap();
@@ -177,7 +177,7 @@ fn queue_reads(guest: &mut Guest, count: u64) {
 fn a_limit_stops_requests_and_lets_them_go_on() {
     for engine in ENGINES {
         let guest = &mut Guest::new(|drive| {
-            drive.io_engine = engine;
+            drive.io_engine = Some(engine);
             drive.rate_limiter = Some(limit(100));
         });
         let began = Instant::now();
@@ -241,7 +241,7 @@ fn a_limit_is_lifted_while_requests_wait_for_it() {
 fn a_reset_waits_for_what_is_in_flight() {
     for direct in [false, true] {
         let guest = &mut Guest::new(|drive| {
-            drive.io_engine = IoEngine::Async;
+            drive.io_engine = Some(IoEngine::Async);
             drive.direct = direct;
         });
         for turn in 0..30_u8 {

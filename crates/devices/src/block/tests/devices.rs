@@ -42,8 +42,8 @@ fn a_block_device_is_a_disk_like_a_file() {
         for direct in [false, true] {
             let device = Loop::new(512);
             let guest = &mut Guest::new(|drive| {
-                drive.path_on_host.clone_from(&device.device);
-                drive.io_engine = engine;
+                drive.path_on_host = Some(device.device.clone());
+                drive.io_engine = Some(engine);
                 drive.direct = direct;
                 drive.cache_type = husk_config::CacheType::Writeback;
             });
@@ -76,8 +76,8 @@ fn a_device_with_large_sectors_is_presented_so_where_the_page_cache_does_not_hid
         let change = |direct| {
             let device = &device;
             move |drive: &mut Drive| {
-                drive.path_on_host.clone_from(&device.device);
-                drive.io_engine = engine;
+                drive.path_on_host = Some(device.device.clone());
+                drive.io_engine = Some(engine);
                 drive.direct = direct;
             }
         };

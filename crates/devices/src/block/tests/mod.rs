@@ -232,11 +232,12 @@ fn disks_of_all_kinds_survive_every_driver() {
             let folder = folder();
             let path = image(folder.path(), "disk", SIZE);
             let mut drive = Drive::new("disk0", path);
-            drive.io_engine = engine;
-            drive.is_read_only = read_only;
+            drive.io_engine = Some(engine);
+            drive.is_read_only = Some(read_only);
             drive.queues = 2;
             eprintln!("--- {engine:?}, read-only: {read_only}");
             check_device(&Subject {
+                memory: husk_virtio::testing::memory,
                 make: &|| Box::new(open_again(&drive)),
                 use_it: &|driver| use_disk(driver, read_only),
                 use_again: None,
@@ -256,7 +257,7 @@ fn requests_bytes_and_failures_are_counted() {
     for engine in ENGINES {
         let folder = folder();
         let mut drive = Drive::new("disk0", image(folder.path(), "disk", SIZE));
-        drive.io_engine = engine;
+        drive.io_engine = Some(engine);
         drive.cache_type = husk_config::CacheType::Writeback;
         let mut device = Block::new(&drive).unwrap();
         let m = Arc::new(husk_metrics::BlockMetrics::default());
@@ -277,9 +278,7 @@ fn requests_bytes_and_failures_are_counted() {
         assert_eq!(ask(VIRTIO_BLK_T_IN, SECTORS, &[], 512), IOERR);
         assert_eq!(ask(99, 0, &[], 0), UNSUPP);
         // The file has become shorter: the host fails what is behind its end.
-        let file = std::fs::File::options()
-            .write(true)
-            .open(&drive.path_on_host);
+        let file = std::fs::File::options().write(true).open(drive.path());
         file.unwrap().set_len(512).unwrap();
         assert_eq!(ask(VIRTIO_BLK_T_IN, 8, &[], 512), IOERR);
         assert_eq!((m.read_count.total(), m.read_bytes.total()), (2, 8192));

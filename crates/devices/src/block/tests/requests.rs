@@ -10,7 +10,7 @@ fn everywhere(test: impl Fn(&mut Guest), change: impl Fn(&mut Drive)) {
         for direct in [false, true] {
             eprintln!("--- {engine:?}, direct: {direct}");
             test(&mut Guest::new(|drive| {
-                drive.io_engine = engine;
+                drive.io_engine = Some(engine);
                 drive.direct = direct;
                 change(drive);
             }));
@@ -167,7 +167,7 @@ fn a_file_that_was_cut_gives_errors_and_no_other_data() {
             );
             std::fs::write(&guest.path, b"").unwrap();
         },
-        |drive| drive.is_read_only = true,
+        |drive| drive.is_read_only = Some(true),
     );
 }
 
@@ -260,8 +260,8 @@ fn zeroes_are_written_where_the_host_cannot_make_them() {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = image(folder.path(), "disk", SIZE);
         let guest = &mut Guest::new(|drive| {
-            drive.io_engine = engine;
-            drive.path_on_host.clone_from(&path);
+            drive.io_engine = Some(engine);
+            drive.path_on_host = Some(path.clone());
         });
         let segment = segment(1, 8001, 0);
         assert_eq!(
@@ -324,7 +324,7 @@ fn the_driver_is_told_what_the_disk_is_like() {
     ] {
         assert_ne!(offered & 1 << bit, 0, "{bit}");
     }
-    let guest = Guest::new(|drive| drive.is_read_only = true);
+    let guest = Guest::new(|drive| drive.is_read_only = Some(true));
     let offered = guest.driver.features;
     assert_ne!(offered & 1 << VIRTIO_BLK_F_RO, 0);
     for bit in [
@@ -348,7 +348,7 @@ fn nothing_can_be_changed_on_a_read_only_disk() {
             assert!(guest.read(0, 512) == pattern(0, 512));
             assert!(guest.file() == before);
         },
-        |drive| drive.is_read_only = true,
+        |drive| drive.is_read_only = Some(true),
     );
 }
 
@@ -356,7 +356,7 @@ fn nothing_can_be_changed_on_a_read_only_disk() {
 fn many_requests_on_many_queues_are_all_answered_with_their_own_data() {
     for engine in ENGINES {
         let guest = &mut Guest::new(|drive| {
-            drive.io_engine = engine;
+            drive.io_engine = Some(engine);
             drive.queues = 3;
         });
         // More than the ring takes at once, by far.

@@ -211,6 +211,7 @@ impl Guest {
 fn it_is_a_sound_device_with_metadata() {
     let far = RefCell::new(None);
     check_device(&Subject {
+        memory: husk_virtio::testing::memory,
         make: &|| {
             let (net, other) = net(&interface("eth0"));
             *far.borrow_mut() = Some(other);

@@ -14,6 +14,7 @@ fn kit(pairs: u16, eager: &[usize]) {
     let mut config = interface("eth0");
     config.queues = pairs;
     check_device(&Subject {
+        memory: husk_virtio::testing::memory,
         make: &|| {
             let (backend, other) = pipe(pairs);
             *far.borrow_mut() = Some(other);

@@ -4,8 +4,10 @@
 
 mod common;
 mod config;
+mod remote;
 
 use self::common::Common;
+use self::remote::Remote;
 use super::Doorbell;
 use super::core::Core;
 use crate::GuestMemory;
@@ -13,6 +15,7 @@ use crate::device::VirtioDevice;
 use crate::thread::DeviceThread;
 use husk_bus::{BusDevice, Interrupt};
 use husk_pci::{ConfigSpace, Function, MAX_VECTORS, MsiSink, Msix};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
@@ -57,6 +60,8 @@ struct Messages {
     isr: AtomicU8,
     config: AtomicU16,
     queues: Vec<AtomicU16>,
+    /// Another process serves the queues.
+    remote: Option<Remote>,
 }
 
 impl Messages {
@@ -73,6 +78,14 @@ impl Messages {
     fn set_vector(&self, of: &AtomicU16, vector: u16) {
         let exists = vector < self.msix.count();
         of.store(if exists { vector } else { NO_VECTOR }, Ordering::Release);
+        self.changed();
+    }
+
+    /// After every change of a queue's vector, of MSI-X's control or of its table.
+    fn changed(&self) {
+        if let Some(remote) = &self.remote {
+            remote.follow(&self.msix, &self.queues);
+        }
     }
 
     fn reset(&self) {
@@ -81,6 +94,15 @@ impl Messages {
             queue.store(NO_VECTOR, Ordering::Release);
         }
         self.isr.store(0, Ordering::Release);
+        self.changed();
+    }
+}
+
+impl Drop for Messages {
+    fn drop(&mut self) {
+        if let Some(remote) = &self.remote {
+            remote.disconnect(&self.msix);
+        }
     }
 }
 
@@ -98,6 +120,10 @@ impl Interrupt for Messages {
     /// 2.1.2: the driver is told by a configuration change.
     fn needs_reset(&self) {
         self.raise(&self.config, ISR_CONFIG);
+    }
+
+    fn remote(&self, index: u16) -> Option<RawFd> {
+        self.remote.as_ref()?.event(index)
     }
 }
 
@@ -125,11 +151,13 @@ impl PciTransport {
             .unwrap_or(MAX_VECTORS)
             .min(MAX_VECTORS);
         let msix = Msix::new(vectors, sink(vectors)?).map_err(std::io::Error::other)?;
+        let remote = device.remote_ring_features().map(|_| Remote::new(queues));
         let messages = Arc::new(Messages {
             msix,
             isr: AtomicU8::new(0),
             config: AtomicU16::new(NO_VECTOR),
             queues: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            remote: remote.transpose()?,
         });
         let (config, capabilities) =
             config::build(info.id, queues, &messages.msix).map_err(std::io::Error::other)?;
@@ -178,6 +206,10 @@ impl PciTransport {
         data.fill(0);
         if let (layout::ISR, Some(first)) = (offset, data.first_mut()) {
             *first = self.messages.isr.swap(0, Ordering::AcqRel);
+            // Another process does not say why it interrupts: look at the queues.
+            if self.messages.remote.is_some() && !self.messages.msix.is_enabled() {
+                *first |= ISR_QUEUE;
+            }
         }
     }
 
@@ -223,6 +255,7 @@ impl BusDevice for PciTransport {
             layout::MSIX_TABLE..layout::MSIX_PENDING => {
                 let offset = offset - layout::MSIX_TABLE;
                 self.messages.msix.write_table(offset, data);
+                self.messages.changed();
             }
             layout::MSIX_PENDING..layout::NOTIFY => {}
             layout::NOTIFY.. => self.ring(offset - layout::NOTIFY),
@@ -249,6 +282,7 @@ impl Function for PciTransport {
         // The structures behind the BAR have locks of their own.
         drop(config);
         self.messages.msix.set_control(control);
+        self.messages.changed();
         if self.capabilities.is_window(offset, data.len()) {
             self.write_through_window();
         }

@@ -10,6 +10,8 @@ struct Idle {
     id: u32,
     config: Arc<DeviceConfig>,
     queues: Vec<ActiveQueue>,
+    /// Another process would serve it.
+    remote: bool,
 }
 
 impl VirtioDevice for Idle {
@@ -20,6 +22,9 @@ impl VirtioDevice for Idle {
             queue_sizes: vec![128, 64],
             config: self.config.clone(),
         }
+    }
+    fn remote_ring_features(&self) -> Option<u64> {
+        self.remote.then_some(crate::F_VERSION_1)
     }
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         self.config.set(offset as usize, data);
@@ -44,22 +49,25 @@ impl VirtioDevice for Idle {
     }
 }
 
-fn pci_in(mem: &GuestMemory, id: u32) -> Pci {
+fn pci_in(mem: &GuestMemory, id: u32, remote: bool) -> Pci {
     let thread = Arc::new(DeviceThread::start("pci", || ()).unwrap());
-    let config = DeviceConfig::new(vec![1, 2, 3, 4, 5]);
-    let queues = Vec::new();
-    let device = Box::new(Idle { id, config, queues });
+    let device = Box::new(Idle {
+        id,
+        config: DeviceConfig::new(vec![1, 2, 3, 4, 5]),
+        queues: Vec::new(),
+        remote,
+    });
     Pci::new(device, &thread, mem)
 }
 
 fn pci(id: u32) -> Pci {
-    pci_in(&memory(), id)
+    pci_in(&memory(), id, false)
 }
 
 /// A device that was started, with another view of its function.
 fn started() -> (Driver, Pci) {
     let mem = memory();
-    let pci = pci_in(&mem, 42);
+    let pci = pci_in(&mem, 42, false);
     let mut driver = Driver::new(Box::new(pci.clone()), mem);
     driver.start(u64::MAX, 64);
     (driver, pci)
@@ -383,4 +391,57 @@ fn no_access_to_configuration_space_or_the_bar_can_break_the_function() {
         }
     }
     driver.start(u64::MAX, 64);
+}
+
+#[test]
+fn what_another_process_writes_follows_its_queues_vector_and_waits_while_that_is_closed() {
+    let mem = memory();
+    let pci = pci_in(&mem, 42, true);
+    let mut driver = Driver::new(Box::new(pci.clone()), mem);
+    driver.start(u64::MAX, 64);
+    assert_eq!(driver.features & crate::RING_FEATURES, crate::F_VERSION_1);
+    let [first, second] = [1, 2].map(|vector| pci.sink.event(vector).unwrap());
+    let sent = |event: &EventFd| {
+        event.write(1).unwrap();
+        pci.sink.take()
+    };
+    assert_eq!((sent(&first), sent(&second)), (0b010, 0b100));
+    let mask = |vector: u64, value: u32| {
+        let control = layout::MSIX_TABLE + 16 * vector + 12;
+        pci.transport.write(control, &value.to_le_bytes());
+    };
+    mask(1, 1);
+    assert_eq!((sent(&first), sent(&second)), (0, 0b100));
+    mask(1, 0);
+    assert_eq!(pci.sink.take(), 0b010);
+    // Another vector, none, and the one that it had.
+    let choose = |vector: u16| {
+        pci.set(22, &[0, 0]);
+        pci.set(26, &vector.to_le_bytes());
+    };
+    choose(2);
+    assert_eq!(sent(&first), 0b100);
+    choose(NO_VECTOR);
+    assert_eq!(sent(&first), 0);
+    choose(1);
+    assert_eq!(pci.sink.take(), 0b010);
+    // A driver that resets the device hears nothing more; nor does whoever has the vectors after the function.
+    driver.registers.set_status(0);
+    assert_eq!(sent(&first), 0);
+    driver.start(u64::MAX, 64);
+    assert!(pci.sink.event(1).is_some());
+    let sink = Arc::clone(&pci.sink);
+    drop((driver, pci));
+    assert!(sink.event(1).is_none() && sink.event(2).is_none());
+}
+
+#[test]
+fn a_driver_without_messages_is_told_to_look_at_queues_that_another_process_serves() {
+    let isr = |remote: bool| {
+        let pci = pci_in(&memory(), 42, remote);
+        let mut data = [0xff];
+        pci.transport.read(layout::ISR, &mut data);
+        data
+    };
+    assert_eq!((isr(true), isr(false)), ([ISR_QUEUE], [0]));
 }

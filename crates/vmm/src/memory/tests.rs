@@ -1,0 +1,187 @@
+//! Guest memory as its makers, its guest and the host see it.
+
+use super::*;
+use std::io::Write;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+fn file(bytes: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+fn read(memory: &GuestMemory, address: u64, size: usize) -> Vec<u8> {
+    let mut bytes = vec![0; size];
+    memory
+        .memory()
+        .read_slice(&mut bytes, GuestAddress(address))
+        .unwrap();
+    bytes
+}
+
+fn pattern(size: usize) -> Vec<u8> {
+    (0..size).map(|i| (i % 251) as u8 + 1).collect()
+}
+
+#[test]
+fn a_file_stands_in_memory_whatever_its_alignment() {
+    let bytes = pattern(5 * 4096);
+    let source = file(&bytes);
+    for (offset, size, address) in [
+        (0, 5 * 4096, 0x10_0000),      // whole pages
+        (0, 4096 * 2 + 17, 0x10_0000), // a tail
+        (100, 4096 * 3, 0x10_0064),    // head and tail, congruent
+        (100, 4096 * 3, 0x10_0000),    // not congruent
+        (5, 10, 0x10_0005),            // within a page
+        (4090, 10, 0x10_0ffa),         // across two pages, none whole
+    ] {
+        let memory = GuestMemory::new(32 << 20, HugePages::None).unwrap();
+        memory.place_file(&source, offset, size, address).unwrap();
+        let expected = &bytes[offset as usize..(offset + size) as usize];
+        assert_eq!(
+            read(&memory, address, size as usize),
+            expected,
+            "{offset} {size} {address:#x}"
+        );
+        assert_eq!(read(&memory, address - 1, 1), [0]);
+        assert_eq!(read(&memory, address + size, 4096), [0; 4096]);
+    }
+}
+
+#[test]
+fn a_guests_writes_do_not_reach_the_file() {
+    let bytes = pattern(8192);
+    let source = file(&bytes);
+    let memory = GuestMemory::new(32 << 20, HugePages::None).unwrap();
+    memory.place_file(&source, 0, 8192, 0x10_0000).unwrap();
+    memory.write(0x10_0000, &[0; 8192]).unwrap();
+    let other = GuestMemory::new(32 << 20, HugePages::None).unwrap();
+    other.place_file(&source, 0, 8192, 0x10_0000).unwrap();
+    assert_eq!(read(&other, 0x10_0000, 8192), bytes);
+}
+
+#[test]
+fn addresses_outside_memory_are_refused() {
+    let memory = GuestMemory::new(32 << 20, HugePages::None).unwrap();
+    let source = file(&pattern(8192));
+    for address in [(32 << 20) - 4096, 32 << 20, 0xc000_0000, u64::MAX - 4095] {
+        assert!(memory.place_file(&source, 0, 8192, address).is_err());
+        assert!(memory.write(address, &[1; 8192]).is_err());
+    }
+    assert_eq!(memory.read_u16(u64::MAX), None);
+}
+
+#[test]
+fn a_file_shorter_than_promised_is_an_error() {
+    let memory = GuestMemory::new(32 << 20, HugePages::None).unwrap();
+    assert!(
+        memory
+            .place_file(&file(&[1, 2, 3]), 0, 100, 0x10_0000)
+            .is_err()
+    );
+}
+
+#[test]
+fn hundreds_of_gib_cost_nothing_until_they_are_touched() {
+    let size = 512 << 30;
+    let memory = GuestMemory::new(size, HugePages::None).unwrap();
+    let top = 0x1_0000_0000 + size - 0xc000_0000;
+    memory.write(top - 4096, &[7; 4096]).unwrap();
+    assert_eq!(read(&memory, top - 1, 1), [7]);
+    assert!(memory.write(top, &[7]).is_err());
+}
+
+#[test]
+fn memory_above_the_hole_is_at_4_gib() {
+    let memory = GuestMemory::new(4 << 30, HugePages::None).unwrap();
+    memory.write(0x1_0000_0000, &[1]).unwrap();
+    memory.write(0xbfff_ffff, &[1]).unwrap();
+    assert!(memory.write(0xc000_0000, &[1]).is_err());
+    assert!(
+        memory
+            .slots()
+            .iter()
+            .all(|(range, host)| range.start % HUGE_PAGE == host % HUGE_PAGE)
+    );
+}
+
+#[test]
+fn transparent_huge_pages_are_memory_like_any() {
+    let memory = GuestMemory::new(32 << 20, HugePages::Transparent).unwrap();
+    let bytes = pattern(3 * 4096 + 100);
+    memory
+        .place_file(&file(&bytes), 0, bytes.len() as u64, 0x10_0000)
+        .unwrap();
+    assert_eq!(read(&memory, 0x10_0000, bytes.len()), bytes);
+}
+
+#[test]
+fn a_host_without_enough_huge_pages_gets_told_what_to_do() {
+    // 16 TiB: no pool has as much.
+    let error = GuestMemory::new(16 << 40, HugePages::TwoMiB).unwrap_err();
+    let said = error.to_string();
+    match error {
+        Error::HugePages { needed, enough, .. } => {
+            assert_eq!(needed, 8 << 20);
+            assert!(enough >= needed, "{said}");
+            let command = format!("echo {enough} > /proc/sys/vm/nr_hugepages");
+            assert!(said.contains(&command), "{said}");
+        }
+        Error::NoHugePages => assert!(said.contains("huge_pages None"), "{said}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn shared_memory_is_all_in_a_file_whose_size_nobody_changes() {
+    // A hole below 4 GiB, and memory on both sides of it.
+    let memory = GuestMemory::shared(4 << 30, HugePages::None).unwrap();
+    let bytes = pattern(3 * 4096 + 100);
+    let source = file(&bytes);
+    let length = bytes.len() as u64;
+    memory.place_file(&source, 0, length, 0x10_0000).unwrap();
+    memory.write(0x1_0000_1000, b"above").unwrap();
+    assert_eq!(read(&memory, 0x10_0000, bytes.len()), bytes);
+    let offsets: Vec<u64> = memory
+        .memory()
+        .iter()
+        .map(|region| region.file_offset().unwrap().start())
+        .collect();
+    assert_eq!(offsets, [0, 3 << 30]);
+    let first = memory.memory().iter().next().unwrap();
+    let own = first.file_offset().unwrap().file();
+    let at = |offset: u64, length: usize| {
+        let mut found = vec![0; length];
+        own.read_exact_at(&mut found, offset).unwrap();
+        found
+    };
+    assert_eq!(at(0x10_0000, bytes.len()), bytes);
+    assert_eq!(at((3 << 30) + 0x1000, 5), b"above");
+    // What another process writes there is the guest's.
+    own.write_all_at(b"others", 0x20_0000).unwrap();
+    assert_eq!(read(&memory, 0x20_0000, 6), b"others");
+    for size in [0, 4 << 20, 8 << 30] {
+        assert!(own.set_len(size).is_err(), "{size}");
+    }
+    assert_eq!(own.metadata().unwrap().len(), 4 << 30);
+    // Nothing is there that was not touched.
+    assert!(own.metadata().unwrap().blocks() < 1000);
+}
+
+#[test]
+fn memory_that_is_not_shared_is_in_no_file() {
+    let memory = GuestMemory::new(32 << 20, HugePages::None).unwrap();
+    assert!(memory.memory().iter().all(|r| r.file_offset().is_none()));
+}
+
+#[test]
+fn shared_memory_may_have_large_pages() {
+    let memory = GuestMemory::shared(32 << 20, HugePages::Transparent).unwrap();
+    memory.write(0x10_0000, &[7; 100]).unwrap();
+    assert_eq!(read(&memory, 0x10_0000, 100), [7; 100]);
+    // 16 TiB: no pool has as much.
+    let error = GuestMemory::shared(16 << 40, HugePages::TwoMiB).unwrap_err();
+    let known = matches!(error, Error::HugePages { .. } | Error::NoHugePages);
+    assert!(known, "{error:?}");
+}
