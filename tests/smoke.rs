@@ -25,6 +25,8 @@ mod seccomp;
 mod served;
 #[path = "smoke/settings.rs"]
 mod settings;
+#[path = "smoke/snapshots.rs"]
+mod snapshots;
 
 use common::payload::payload;
 use common::{Ended, Tty, Vm, assert_same_bytes, husk, husk_binary, pattern, temp_dir, text};

@@ -265,7 +265,11 @@ fn a_request_at_the_wrong_time_is_refused_in_firecrackers_words() {
             "/mmds/config",
             json!({ "network_interfaces": ["a"] }),
         ),
-        ("PUT", "/snapshot/load", json!({})),
+        (
+            "PUT",
+            "/snapshot/load",
+            json!({ "snapshot_path": "s", "mem_file_path": "m" }),
+        ),
     ] {
         assert_eq!(served.refused(method, path, body), TOO_LATE, "{path}");
     }
@@ -413,8 +417,12 @@ fn a_request_that_fails_changes_nothing() {
 #[test]
 fn a_snapshot_that_cannot_be_loaded_ends_a_fresh_process() {
     let mut served = Served::start(&[]);
-    let said = served.refused("PUT", "/snapshot/load", json!({ "snapshot_path": "s" }));
-    assert!(said.contains("not supported yet"), "{said}");
+    let body = json!({ "snapshot_path": "s", "mem_file_path": "m" });
+    let said = served.refused("PUT", "/snapshot/load", body);
+    assert!(
+        said.contains("Load snapshot error: cannot read s"),
+        "{said}"
+    );
     drop(served.vm.take_stdin());
     let ended = served.vm.wait();
     ended.expect_status(1);

@@ -327,6 +327,16 @@ impl VmConfig {
         }
     }
 
+    /// As JSON, for a snapshot.
+    pub fn to_saved(&self) -> Result<serde_json::Value, serde_json::Error> {
+        serde_json::to_value(self)
+    }
+
+    /// What [`VmConfig::to_saved`] told. Nothing is checked but the shape.
+    pub fn from_saved(saved: serde_json::Value) -> Result<Self, serde_json::Error> {
+        serde_json::from_value(saved)
+    }
+
     /// Add `device`, if the result is a valid configuration.
     pub fn add(&mut self, device: NewDevice) -> Result<(), Error> {
         let mut config = self.clone();

@@ -190,7 +190,7 @@ impl Vmm {
     fn load(&mut self, load: &LoadSnapshot) -> Result<(), Error> {
         let memory = load.memory_file().map_err(Error::Unsupported)?;
         let saved = snapshot::Saved::open(&load.snapshot_path, memory)?;
-        let mut config = saved.snapshot.config.clone();
+        let mut config = saved.config.clone();
         config.machine_config.track_dirty_pages |= load.track_dirty_pages;
         let mut vm = Vm::build_from(&config, &self.host, &mut self.prepared, Some(saved))?;
         vm.start();

@@ -14,13 +14,33 @@ use std::path::Path;
 /// All but the guest's memory.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Snapshot {
-    pub config: VmConfig,
+    /// In the shape of a configuration file.
+    config: serde_json::Value,
     /// Bytes of the memory file.
     pub memory_size: u64,
     pub vm: VmState,
     /// By their numbers.
     pub vcpus: Vec<VcpuState>,
     pub platform: PlatformState,
+}
+
+impl Snapshot {
+    pub fn new(
+        config: &VmConfig,
+        memory_size: u64,
+        vm: VmState,
+        vcpus: Vec<VcpuState>,
+        platform: &Platform,
+    ) -> Result<Self, Error> {
+        let config = config.to_saved();
+        Ok(Self {
+            config: config.map_err(|e| Error::Json(e.to_string()))?,
+            memory_size,
+            vm,
+            vcpus,
+            platform: PlatformState::of(platform),
+        })
+    }
 }
 
 /// Of devices that every VM has.
@@ -32,7 +52,7 @@ pub struct PlatformState {
 }
 
 impl PlatformState {
-    pub fn of(platform: &Platform) -> Self {
+    fn of(platform: &Platform) -> Self {
         Self {
             serial: platform.serial.registers(),
             keyboard: platform.keyboard.as_ref().map(|keyboard| keyboard.state()),
@@ -53,23 +73,33 @@ impl PlatformState {
 /// A snapshot whose files are open.
 pub struct Saved {
     pub snapshot: Snapshot,
-    pub memory: File,
+    pub config: VmConfig,
+    memory: File,
 }
 
 impl Saved {
     /// Open the files of a snapshot, and see that they belong together.
     pub fn open(state: &Path, memory: &Path) -> Result<Self, Error> {
-        let snapshot: Snapshot = husk_snapshot::read_state(state)?;
-        check(&snapshot.config)?;
-        snapshot.config.validate_parts()?;
-        let cpus = snapshot.config.machine_config.vcpu_count as usize;
+        let mut snapshot: Snapshot = husk_snapshot::read_state(state)?;
+        let config = VmConfig::from_saved(snapshot.config.take());
+        let config = config.map_err(|source| husk_snapshot::Error::Content {
+            path: state.into(),
+            source,
+        })?;
+        check(&config)?;
+        config.validate_parts()?;
+        let cpus = config.machine_config.vcpu_count as usize;
         if snapshot.vcpus.len() != cpus {
             return Err(Error::State(
                 "the snapshot's vCPUs are not those of its configuration",
             ));
         }
         let memory = husk_snapshot::open_memory(memory, snapshot.memory_size)?;
-        Ok(Self { snapshot, memory })
+        Ok(Self {
+            snapshot,
+            config,
+            memory,
+        })
     }
 
     /// Let the guest find its memory.

@@ -9,7 +9,7 @@ use crate::load::load;
 use crate::memory::GuestMemory;
 use crate::platform::{Platform, hotplug_slots, platform};
 use crate::processor::Processor;
-use crate::snapshot::{self, PlatformState, Saved, Snapshot};
+use crate::snapshot::{self, Saved, Snapshot};
 use crate::spin::spin_for;
 use crate::standby::Wanted;
 use crate::timeline::{Phase, Timeline};
@@ -253,13 +253,8 @@ impl Vm {
         let (shared, count) = (&self.shared, self.threads.len() as u32);
         let ask = || shared.pause.ask();
         let vcpus = shared.census.take(msrs, count, ask, PAUSE_LIMIT)?;
-        let snapshot = Snapshot {
-            config: config.clone(),
-            memory_size: self.memory.size(),
-            vm: self.kvm.state()?,
-            vcpus,
-            platform: PlatformState::of(&self.platform),
-        };
+        let (size, vm) = (self.memory.size(), self.kvm.state()?);
+        let snapshot = Snapshot::new(config, size, vm, vcpus, &self.platform)?;
         // The state comes last: without it there is no snapshot.
         snapshot::write_memory(&self.memory, memory)?;
         Ok(husk_snapshot::write_state(state, &snapshot)?)

@@ -1,0 +1,177 @@
+//! Snapshots, natively: what a guest was in the middle of goes on in another process.
+
+use crate::api::Served;
+use crate::common::payload::payload;
+use crate::common::{temp_dir, text};
+use crate::file;
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// A guest that counts, paused.
+fn paused() -> Served {
+    let mut served = Served::start(&[]);
+    let source = json!({ "kernel_image_path": payload("ticks", "") });
+    served.done("PUT", "/boot-source", source);
+    let machine = json!({ "vcpu_count": 2, "mem_size_mib": 64 });
+    served.done("PUT", "/machine-config", machine);
+    served.done("PUT", "/actions", json!({ "action_type": "InstanceStart" }));
+    served.vm.stdout_reaches(1000);
+    served.done("PATCH", "/vm", json!({ "state": "Paused" }));
+    served
+}
+
+fn create(served: &Served, dir: &Path) {
+    served.done("PUT", "/snapshot/create", places(dir));
+}
+
+fn places(dir: &Path) -> Value {
+    json!({ "snapshot_path": dir.join("state"), "mem_file_path": dir.join("memory") })
+}
+
+fn load(dir: &Path, resume: bool) -> Value {
+    let backend = json!({ "backend_type": "File", "backend_path": dir.join("memory") });
+    json!({ "snapshot_path": dir.join("state"), "mem_backend": backend, "resume_vm": resume })
+}
+
+/// The numbers that a guest has said are all that there are, one after the other.
+#[track_caller]
+fn assert_counts(said: &[u8]) -> u64 {
+    let said = String::from_utf8_lossy(said);
+    // The last line may not be whole.
+    let whole = said.rsplit_once('\n').unwrap().0;
+    let mut last = 0;
+    for line in whole.lines() {
+        let number = u64::from_str_radix(line.trim(), 16).unwrap_or_else(|_| panic!("{line:?}"));
+        assert_eq!(number, last + 1, "{line:?}");
+        last = number;
+    }
+    last
+}
+
+#[test]
+fn a_guest_goes_on_where_it_was() {
+    let dir = temp_dir();
+    let first = paused();
+    create(&first, dir.path());
+    let before = first.vm.stdout.bytes();
+    for resume in [true, false] {
+        let mut second = Served::start(&[]);
+        second.done("PUT", "/snapshot/load", load(dir.path(), resume));
+        if !resume {
+            assert_eq!(second.get("/")["state"], "Paused");
+            assert_eq!(second.vm.stdout.bytes(), b"");
+            second.done("PATCH", "/vm", json!({ "state": "Resumed" }));
+        }
+        second.vm.stdout_reaches(5000);
+        assert_eq!(second.get("/")["state"], "Running");
+        assert_eq!(second.get("/machine-config")["vcpu_count"], 2);
+        let ended = second.stop();
+        ended.expect_status(0);
+        let both = [&before[..], &ended.stdout].concat();
+        assert!(assert_counts(&both) > 200);
+    }
+    // The one that was kept goes on, too, and its memory is its own.
+    let mut first = first;
+    first.done("PATCH", "/vm", json!({ "state": "Resumed" }));
+    first.vm.stdout_reaches(before.len() + 5000);
+    assert_counts(&first.stop().expect_status(0).stdout);
+}
+
+#[test]
+fn a_snapshot_of_a_snapshot_is_as_good() {
+    let dir = temp_dir();
+    let first = paused();
+    create(&first, dir.path());
+    let mut said = first.vm.stdout.bytes();
+    drop(first);
+    for _ in 0..5 {
+        let mut next = Served::start(&[]);
+        next.done("PUT", "/snapshot/load", load(dir.path(), true));
+        next.vm.stdout_reaches(300);
+        next.done("PATCH", "/vm", json!({ "state": "Paused" }));
+        // Over the files that its own memory comes from.
+        create(&next, dir.path());
+        said.extend(next.stop().stdout);
+    }
+    assert_counts(&said);
+}
+
+#[test]
+fn only_what_was_touched_is_written() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = temp_dir();
+    create(&paused(), dir.path());
+    let memory = std::fs::metadata(dir.path().join("memory")).unwrap();
+    assert_eq!(memory.len(), 64 << 20);
+    assert!(memory.blocks() * 512 < 1 << 20, "{}", memory.blocks());
+}
+
+#[test]
+fn a_snapshot_is_refused_where_it_cannot_be_made() {
+    let dir = temp_dir();
+    let served = paused();
+    let nowhere = dir.path().join("no");
+    let said = served.refused("PUT", "/snapshot/create", places(&nowhere));
+    assert!(said.contains("cannot write"), "{said}");
+    let mut diff = places(dir.path());
+    diff["snapshot_type"] = "Diff".into();
+    let said = served.refused("PUT", "/snapshot/create", diff);
+    assert!(said.contains("not supported yet"), "{said}");
+    served.done("PATCH", "/vm", json!({ "state": "Resumed" }));
+    let said = served.refused("PUT", "/snapshot/create", places(dir.path()));
+    assert!(said.contains("pause it first"), "{said}");
+    // Nothing of all this is left.
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    served.stop().expect_status(0);
+}
+
+#[test]
+fn a_bad_snapshot_ends_a_fresh_process_with_the_reason() {
+    let dir = temp_dir();
+    create(&paused(), dir.path());
+    let state = std::fs::read(dir.path().join("state")).unwrap();
+    let mut changed = state.clone();
+    *changed.last_mut().unwrap() ^= 1;
+    let short = file(&dir, "short", b"memory");
+    for (name, bytes, reason) in [
+        ("torn", &state[..state.len() - 1], "not whole"),
+        ("changed", &changed[..], "checksum"),
+        ("foreign", b"{}\n", "no snapshot"),
+    ] {
+        let path = file(&dir, name, bytes);
+        let mut body = load(dir.path(), true);
+        body["snapshot_path"] = text(&path).into();
+        assert_ends(body, &[text(&path), reason]);
+    }
+    let mut body = load(dir.path(), true);
+    body["mem_backend"]["backend_path"] = text(&short).into();
+    assert_ends(body, &[text(&short), "6 bytes"]);
+    let mut body = load(dir.path(), true);
+    body["mem_backend"]["backend_type"] = "Uffd".into();
+    assert_ends(body, &["not supported yet"]);
+    let mut body = load(dir.path(), true);
+    body["mem_file_path"] = "/m".into();
+    assert_ends(body, &["together"]);
+}
+
+#[track_caller]
+fn assert_ends(body: Value, words: &[&str]) {
+    let mut served = Served::start(&[]);
+    let said = served.refused("PUT", "/snapshot/load", body);
+    for word in words {
+        assert!(said.contains(word), "{said}");
+    }
+    drop(served.vm.take_stdin());
+    served.vm.wait().expect_status(1);
+}
+
+#[test]
+fn a_process_that_was_configured_lives_on() {
+    let dir = temp_dir();
+    let served = Served::start(&[]);
+    let machine = json!({ "vcpu_count": 1, "mem_size_mib": 64 });
+    served.done("PUT", "/machine-config", machine);
+    let said = served.refused("PUT", "/snapshot/load", load(dir.path(), true));
+    assert!(said.contains("not allowed after configuring"), "{said}");
+    served.stop().expect_status(0);
+}
