@@ -71,6 +71,8 @@ fn required(route: &Route) -> &'static [&'static str] {
         ("PATCH", "/drives/{id}") => &["drive_id"],
         (_, "/network-interfaces/{id}") => &["iface_id"],
         (_, "/vsock") => &["guest_cid", "uds_path"],
+        (_, "/snapshot/create") => &["snapshot_path", "mem_file_path"],
+        (_, "/snapshot/load") => &["snapshot_path"],
         ("PUT", "/balloon") => &["amount_mib", "deflate_on_oom"],
         ("PATCH", "/balloon") => &["amount_mib"],
         (_, "/balloon/statistics") => &["stats_polling_interval_s"],

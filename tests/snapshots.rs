@@ -1,0 +1,106 @@
+//! End to end: real Linux guests that go on in another process. Run by `cargo xtask test`.
+
+mod common;
+
+use common::guest::{Guest, Kernel, LIMIT};
+use common::{Vm, husk, temp_dir, text};
+use husk_api::client;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Counts seconds of the guest's clock, and looks at a file of random bytes each time.
+const SCRIPT: &str = "
+dmesg -n 1
+mount -t tmpfs -o size=64m none /tmp
+dd if=/dev/urandom of=/tmp/bytes bs=1M count=24 2>/dev/null
+sum=$(md5sum </tmp/bytes)
+i=0
+while [ $i -lt 100 ]; do
+	i=$((i + 1))
+	[ \"$(md5sum </tmp/bytes)\" = \"$sum\" ] || { echo changed; poweroff -f; }
+	echo \"turn $i at $(cut -d. -f1 /proc/uptime)\"
+	read -t 1 -r line && [ \"$line\" = end ] && break
+done
+echo ends at turn $i with $(nproc) processors
+";
+
+/// `husk serve`.
+struct Served {
+    vm: Vm,
+    socket: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Served {
+    fn start() -> Self {
+        let dir = temp_dir();
+        let socket = dir.path().join("api");
+        let mut command = husk();
+        command.args(["serve", "--api-sock", text(&socket)]);
+        let vm = Vm::start(&mut command, LIMIT);
+        let until = Instant::now() + LIMIT;
+        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
+            assert!(Instant::now() < until, "no socket\n{}", vm.report());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Self {
+            vm,
+            socket,
+            _dir: dir,
+        }
+    }
+
+    #[track_caller]
+    fn done(&self, method: &str, path: &str, body: Value) {
+        let response = client::request(&self.socket, method, path, &body.to_string());
+        let response = response.unwrap_or_else(|e| panic!("{e}\n{}", self.vm.report()));
+        assert_eq!(response.status, 204, "{path}: {}", response.body);
+    }
+}
+
+fn places(dir: &Path) -> Value {
+    json!({ "snapshot_path": dir.join("state"), "mem_file_path": dir.join("memory") })
+}
+
+fn a_guest_goes_on_with_its_memory_clock_and_processors(kernel: &Kernel) {
+    let guest = Guest::new(kernel, Some(SCRIPT));
+    let dir = temp_dir();
+    let mut served = Served::start();
+    let source = json!({
+        "kernel_image_path": kernel.image,
+        "initrd_path": guest.initrd(),
+        "boot_args": "console=ttyS0 reboot=panic_warm panic=-1 pci=off quiet",
+    });
+    served.done("PUT", "/boot-source", source);
+    let machine = json!({ "vcpu_count": 2, "mem_size_mib": 256 });
+    served.done("PUT", "/machine-config", machine);
+    served.done("PUT", "/actions", json!({ "action_type": "InstanceStart" }));
+    served.vm.expect("turn 2 at ");
+    let mut turn = 2;
+    // Of the guest that booted, and then of one that was a snapshot already.
+    for _ in 0..2 {
+        served.done("PATCH", "/vm", json!({ "state": "Paused" }));
+        served.done("PUT", "/snapshot/create", places(dir.path()));
+        drop(served);
+        served = Served::start();
+        let mut load = places(dir.path());
+        load["resume_vm"] = true.into();
+        served.done("PUT", "/snapshot/load", load);
+        turn += 3;
+        served.vm.expect(&format!("turn {turn} at "));
+    }
+    served.vm.send(b"end\n");
+    served.vm.expect("with 2 processors");
+    served.vm.finish().expect_status(0);
+}
+
+#[test]
+fn a_minimal_guest_goes_on_with_its_memory_clock_and_processors() {
+    a_guest_goes_on_with_its_memory_clock_and_processors(&Kernel::minimal());
+}
+
+#[test]
+fn debians_guest_goes_on_with_its_memory_clock_and_processors() {
+    a_guest_goes_on_with_its_memory_clock_and_processors(&Kernel::debian());
+}
