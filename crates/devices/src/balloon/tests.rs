@@ -205,3 +205,19 @@ fn what_the_guest_gives_is_counted() {
     assert_eq!(m.free_page_report_fails.total(), 1);
     assert_eq!(m.event_fails.total(), 0);
 }
+
+#[test]
+fn starts_and_changes_that_fail_are_counted() {
+    let mut balloon = Balloon::new(&ALL).unwrap();
+    let m = Arc::new(BalloonMetrics::default());
+    balloon.metrics = Arc::clone(&m);
+    let thread = Arc::new(DeviceThread::start("balloon", || ()).unwrap());
+    let mem = memory();
+    let registers = Box::new(Mmio::new(Box::new(balloon), &thread, &mem));
+    let mut driver = Driver::new(registers, mem);
+    driver.start_badly();
+    assert_eq!((m.activate_fails.total(), m.cfg_fails.total()), (1, 0));
+    driver.start(u64::MAX, 64);
+    driver.registers.write_config(0, &[9; 4]);
+    assert_eq!((m.activate_fails.total(), m.cfg_fails.total()), (1, 1));
+}
