@@ -88,8 +88,11 @@ pub fn bring_near<'a>(files: impl Iterator<Item = &'a Path>) -> String {
     script + "sleep 10\n"
 }
 
+/// Name of a report in /out, and where it belongs.
+type Report = (&'static str, PathBuf);
+
 /// The options with reports that are written to /out, and where each belongs.
-fn with_reports_in_out(words: &[String]) -> Result<(Vec<String>, Vec<(&'static str, PathBuf)>)> {
+fn with_reports_in_out(words: &[String]) -> Result<(Vec<String>, Vec<Report>)> {
     let (mut options, mut reports) = (Vec::new(), Vec::new());
     let mut words = words.iter();
     while let Some(word) = words.next() {
