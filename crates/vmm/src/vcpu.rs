@@ -133,7 +133,9 @@ fn run(index: u32, vcpu: &mut Vcpu, shared: &Shared) {
     while !shared.lifecycle.has_ended() {
         if shared.pause.is_wanted() {
             shared.pause.park(|| shared.lifecycle.has_ended());
-            vcpu.notify_of_pause();
+            if !vcpu.notify_of_pause() {
+                metrics.kvmclock_ctrl_fails.inc();
+            }
             continue;
         }
         let end = match vcpu.run() {
