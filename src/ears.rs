@@ -3,6 +3,7 @@
 use crate::Failure;
 use crate::session::{Event, OnSignal, send, trouble};
 use husk_console::{Input, Terminal};
+use husk_metrics::METRICS;
 use husk_sandbox::{Filters, Kind};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -65,9 +66,12 @@ impl Ears {
         let (stops, filters) = (self.sender.clone(), self.filters.clone());
         let body = move || {
             filters.confine(Kind::Console);
-            signals
-                .forever()
-                .for_each(|signal| send(&stops, Event::Signal(signal)));
+            signals.forever().for_each(|signal| {
+                if signal == SIGHUP {
+                    METRICS.signals.sighup.set(1);
+                }
+                send(&stops, Event::Signal(signal));
+            });
         };
         std::thread::Builder::new()
             .name("signals".into())

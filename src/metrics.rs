@@ -39,6 +39,12 @@ pub fn install_panic_hook() {
     }));
 }
 
+/// A thread has made a system call that its filter refuses, and the process ends. Called in the signal's handler.
+pub fn count_violation() {
+    METRICS.seccomp.num_faults.set(1);
+    husk_metrics::flush_from_handler();
+}
+
 /// Metrics that cannot be written are no reason to end a VM.
 fn said(result: Result<bool, Error>) {
     if let Err(e) = result {

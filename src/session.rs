@@ -153,7 +153,8 @@ impl Session {
         }
         // Handlers for what kills come first: those for what asks replace some of them.
         husk_console::install_fatal_signal_handlers().map_err(|e| trouble(&e))?;
-        husk_sandbox::catch_violations(Terminal::emergency_restore).map_err(|e| trouble(&e))?;
+        husk_sandbox::catch_violations(Terminal::emergency_restore, metrics::count_violation)
+            .map_err(|e| trouble(&e))?;
         husk_vmm::install_kick_handler().map_err(|e| trouble(&e))?;
         if options.on_signal == OnSignal::AsFirecracker {
             husk_console::install_exit_statuses(&FIRECRACKER_SIGNALS).map_err(|e| trouble(&e))?;

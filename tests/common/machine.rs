@@ -53,7 +53,7 @@ impl Machine {
         ONCE.call_once(|| {
             husk_vmm::install_kick_handler().unwrap();
             // The VM's threads are confined, as those of the program are.
-            husk_sandbox::catch_violations(|| ()).unwrap();
+            husk_sandbox::catch_violations(|| (), || ()).unwrap();
         });
         let (wake, woken) = channel();
         let console = Stream::default();

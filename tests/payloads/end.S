@@ -26,6 +26,17 @@
         jz      1b
         print   "pressed\n"
         power_off
+#elif defined(WIDE)
+        // Reaches behind the UART's registers, and to where the keyboard controller has none, and powers off.
+        mov     $(COM1 + 7), %edx
+        in      (%dx), %eax
+        out     %eax, (%dx)
+        in      (%dx), %ax
+        mov     $0x62, %edx
+        in      (%dx), %al
+        out     %al, (%dx)
+        out     %al, (%dx)
+        power_off
 #elif defined(DEAF)
         // Says that the button was pressed, and goes on.
 1:      mov     $EVENTS, %edx

@@ -2,6 +2,7 @@
 
 use crate::api::wait_for;
 use crate::common::{Ended, Vm, temp_dir, text};
+use crate::metrics::{assert_signal, only_line};
 use crate::{LIMIT, payload};
 use husk_api::client;
 use rustix::process::Signal;
@@ -174,12 +175,22 @@ fn firecrackers_process_ends_by_signals_as_its_clients_expect() {
         (Signal::BUS, Some(149)),
         (Signal::SEGV, Some(150)),
         (Signal::XFSZ, Some(151)),
+        (Signal::XCPU, Some(154)),
+        (Signal::ILL, Some(157)),
         (Signal::TERM, None),
         (Signal::INT, None),
     ] {
         let socket = firecracker.socket();
         let _ = std::fs::remove_file(&socket);
-        let mut command = firecracker.command(&["--api-sock", text(&socket)]);
+        let metrics = firecracker.dir.path().join("metrics");
+        let _ = std::fs::remove_file(&metrics);
+        let arguments = [
+            "--api-sock",
+            text(&socket),
+            "--metrics-path",
+            text(&metrics),
+        ];
+        let mut command = firecracker.command(&arguments);
         let vm = Vm::start(&mut command, LIMIT);
         wait_for(&socket, &vm);
         client::request(&socket, "GET", "/", "").unwrap();
@@ -191,5 +202,9 @@ fn firecrackers_process_ends_by_signals_as_its_clients_expect() {
             Some(status) => drop(ended.expect_status(status)),
             None => drop(ended.expect_killed(signal.as_raw())),
         }
+        let line = only_line(&metrics);
+        assert_signal(&line, signal);
+        assert_eq!(line["signals"]["sigpipe"], 1);
+        assert_eq!(line["get_api_requests"]["instance_info_count"], 2);
     }
 }

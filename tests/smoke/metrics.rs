@@ -1,18 +1,54 @@
 //! Metrics of payload kernels, and the log in Firecracker's format.
 
-use crate::common::{temp_dir, text};
+use crate::api::Served;
+use crate::common::{Vm, husk, temp_dir, text};
 use crate::errors::Refused;
-use crate::{file, payload, run, run_bare, start};
+use crate::seccomp::{empty, rules_file, without};
+use crate::{LIMIT, file, payload, run, run_bare, start};
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 fn number(line: &Value, section: &str, field: &str) -> u64 {
     let value = &line[section][field];
     value
         .as_u64()
         .unwrap_or_else(|| panic!("{section}.{field} is {value} in {line}"))
+}
+
+/// The only line of the metrics file at `path`.
+#[track_caller]
+pub fn only_line(path: &Path) -> Value {
+    let lines = std::fs::read_to_string(path).unwrap();
+    assert_eq!(lines.matches('\n').count(), 1, "{lines}");
+    assert!(lines.ends_with('\n'), "{lines}");
+    serde_json::from_str(&lines).unwrap()
+}
+
+/// Signals that are counted, without SIGPIPE.
+const SIGNALS: [(&str, Signal); 6] = [
+    ("sigbus", Signal::BUS),
+    ("sigsegv", Signal::SEGV),
+    ("sigxfsz", Signal::XFSZ),
+    ("sigxcpu", Signal::XCPU),
+    ("sighup", Signal::HUP),
+    ("sigill", Signal::ILL),
+];
+
+/// `line` tells of `signal`, and of no other one but SIGPIPE.
+#[track_caller]
+pub fn assert_signal(line: &Value, signal: Signal) {
+    for (name, own) in SIGNALS {
+        assert_eq!(
+            number(line, "signals", name),
+            u64::from(own == signal),
+            "{name}"
+        );
+    }
 }
 
 #[test]
@@ -167,4 +203,209 @@ fn prometheus_reads_the_same_counters_over_the_socket() {
     vm.expect("pressed\n");
     vm.signal(Signal::TERM);
     vm.wait().expect_status(143);
+}
+
+#[test]
+fn devices_that_cannot_start_are_counted() {
+    let dir = temp_dir();
+    let path = dir.path().join("metrics");
+    let disk = file(&dir, "disk", &[0; 65536]);
+    let vsock = format!("cid=3,uds={}", dir.path().join("vsock").display());
+    let ended = run(&[
+        "--kernel",
+        &payload("virtio", ""),
+        "--metrics-path",
+        text(&path),
+        "--disk",
+        &format!("{},id=root", text(&disk)),
+        "--vsock",
+        &vsock,
+        "--entropy",
+        "--balloon",
+        "0",
+    ]);
+    let refused = "refused\n".repeat(4) + "end\n";
+    assert_eq!(ended.expect_status(0).console(), refused);
+    let line = only_line(&path);
+    for section in ["block_root", "block", "vsock", "entropy", "balloon"] {
+        assert_eq!(number(&line, section, "activate_fails"), 1, "{section}");
+    }
+    for section in ["block_root", "block", "vsock", "balloon"] {
+        assert_eq!(number(&line, section, "cfg_fails"), 1, "{section}");
+    }
+    assert_eq!(number(&line, "net", "activate_fails"), 0);
+}
+
+#[test]
+fn accesses_to_what_is_not_there_are_counted() {
+    let dir = temp_dir();
+    let path = dir.path().join("metrics");
+    let kernel = payload("end", "WIDE");
+    run(&["--kernel", &kernel, "--metrics-path", text(&path)]).expect_status(0);
+    let line = only_line(&path);
+    assert_eq!(number(&line, "uart", "missed_read_count"), 3 + 1);
+    assert_eq!(number(&line, "uart", "missed_write_count"), 3);
+    assert_eq!(number(&line, "i8042", "missed_read_count"), 1);
+    assert_eq!(number(&line, "i8042", "missed_write_count"), 2);
+    assert_eq!(number(&line, "i8042", "read_count"), 0);
+    assert_eq!(number(&line, "i8042", "write_count"), 0);
+}
+
+#[test]
+fn pausing_and_resuming_take_their_time_in_the_api_and_in_the_monitor() {
+    let dir = temp_dir();
+    let path = dir.path().join("metrics");
+    let served = Served::start(&[]);
+    served.done("PUT", "/metrics", json!({ "metrics_path": path }));
+    let kernel = payload("count", "");
+    served.done(
+        "PUT",
+        "/boot-source",
+        json!({ "kernel_image_path": kernel }),
+    );
+    // Nothing was paused, so it took no time.
+    served.refused("PATCH", "/vm", json!({ "state": "Paused" }));
+    served.done("PUT", "/actions", json!({ "action_type": "InstanceStart" }));
+    let flush = || {
+        served.done("PUT", "/actions", json!({ "action_type": "FlushMetrics" }));
+        let lines = std::fs::read_to_string(&path).unwrap();
+        serde_json::from_str::<Value>(lines.lines().last().unwrap()).unwrap()
+    };
+    let latencies = |line: &Value, what: &str| {
+        let own = number(line, "latencies_us", what);
+        (own, number(line, "latencies_us", &format!("vmm_{what}")))
+    };
+    let line = flush();
+    assert_eq!(latencies(&line, "pause_vm"), (0, 0));
+    served.done("PATCH", "/vm", json!({ "state": "Paused" }));
+    let line = flush();
+    let (api, vmm) = latencies(&line, "pause_vm");
+    assert!(0 < vmm && vmm <= api && api < 60_000_000, "{api} {vmm}");
+    assert_eq!(latencies(&line, "resume_vm"), (0, 0));
+    assert_eq!(number(&line, "vcpu", "kvmclock_ctrl_fails"), 0);
+    served.done("PATCH", "/vm", json!({ "state": "Resumed" }));
+    let mut line = flush();
+    let (api, vmm) = latencies(&line, "resume_vm");
+    assert!(0 < api && vmm <= api && api < 60_000_000, "{api} {vmm}");
+    // The guest has no paravirtual clock. Its vCPU finds that when it comes to it.
+    let until = Instant::now() + LIMIT;
+    while number(&line, "vcpu", "kvmclock_ctrl_fails") == 0 {
+        assert!(Instant::now() < until, "{line}");
+        std::thread::sleep(Duration::from_millis(5));
+        line = flush();
+    }
+    assert_eq!(number(&line, "vcpu", "kvmclock_ctrl_fails"), 1);
+    served.stop().expect_status(0);
+}
+
+#[test]
+fn a_killing_signal_leaves_a_last_line() {
+    let kernel = payload("end", "DEAF");
+    let others = [("", Signal::ABORT), ("", Signal::FPE)];
+    for (name, signal) in SIGNALS.into_iter().chain(others) {
+        // That one presses the power button.
+        if signal == Signal::HUP {
+            continue;
+        }
+        let dir = temp_dir();
+        let path = dir.path().join("metrics");
+        let mut vm = start(&["--kernel", &kernel, "--metrics-path", text(&path)]);
+        vm.expect("go\n");
+        vm.signal(signal);
+        let ended = vm.wait();
+        ended.expect_killed(signal.as_raw());
+        assert_eq!(ended.stderr.lines().count(), 1, "{name}: {}", ended.stderr);
+        let line = only_line(&path);
+        assert_signal(&line, signal);
+        // What was counted before: a byte that came out a moment ago may be the one that is not.
+        let written = number(&line, "uart", "write_count");
+        assert!((2..=3).contains(&written), "{name}: {written}");
+        assert!(number(&line, "vcpu", "exit_io_out") >= written, "{name}");
+        assert_eq!(number(&line, "vmm", "panic_count"), 0);
+    }
+}
+
+#[test]
+fn signals_that_kill_nobody_are_counted() {
+    let dir = temp_dir();
+    let path = dir.path().join("metrics");
+    let kernel = payload("end", "DEAF");
+    let mut vm = start(&["--kernel", &kernel, "--metrics-path", text(&path)]);
+    vm.expect("go\n");
+    vm.signal(Signal::PIPE);
+    vm.signal(Signal::HUP);
+    vm.expect("pressed\n");
+    vm.signal(Signal::TERM);
+    vm.wait().expect_status(143);
+    let line = only_line(&path);
+    assert_signal(&line, Signal::HUP);
+    assert_eq!(number(&line, "signals", "sigpipe"), 1);
+    assert_eq!(number(&line, "uart", "error_count"), 0);
+}
+
+#[test]
+fn output_that_nobody_takes_is_counted() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let full = std::fs::File::options().write(true).open("/dev/full");
+    for (output, pipes) in [(Stdio::from(writer), 1), (full.unwrap().into(), 0)] {
+        let dir = temp_dir();
+        let path = dir.path().join("metrics");
+        let mut command = husk();
+        command
+            .args(["run", "--kernel", &payload("end", "POWER_OFF")])
+            .args(["--memory", "64M", "--metrics-path", text(&path)])
+            .stdin(Stdio::null())
+            .stdout(output);
+        Vm::start_with(&mut command, LIMIT).wait().expect_status(0);
+        let line = only_line(&path);
+        assert!(number(&line, "uart", "error_count") >= 1);
+        assert_eq!(number(&line, "signals", "sigpipe").min(1), pipes);
+    }
+    // And where a file takes it instead.
+    let dir = temp_dir();
+    let path = dir.path().join("metrics");
+    let config = json!({
+        "boot-source": { "kernel_image_path": payload("end", "POWER_OFF") },
+        "serial": { "serial_out_path": "/dev/full" },
+        "metrics": { "metrics_path": path },
+    });
+    let config = file(&dir, "vm.json", config.to_string().as_bytes());
+    run_bare(&["--config", text(&config)]).expect_status(0);
+    assert!(number(&only_line(&path), "uart", "error_count") >= 1);
+}
+
+#[test]
+fn a_violation_of_a_filter_leaves_a_last_line() {
+    let kernel = payload("end", "DEAF");
+    // The last one has nothing but what the end of the process needs.
+    for rules in [
+        without("vcpu", "ioctl", "KVM_RUN"),
+        without("io", "epoll_wait", ""),
+        empty("main"),
+    ] {
+        let dir = temp_dir();
+        let path = dir.path().join("metrics");
+        let filter = rules_file(&dir, &rules);
+        let ended = start(&[
+            "--kernel",
+            &kernel,
+            "--seccomp-filter",
+            text(&filter),
+            "--metrics-path",
+            text(&path),
+            "--entropy",
+        ])
+        .wait();
+        ended.expect_status(148);
+        assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+        let line = only_line(&path);
+        assert_eq!(number(&line, "seccomp", "num_faults"), 1);
+        assert_signal(&line, Signal::SYS);
+    }
+    let dir = temp_dir();
+    let path = dir.path().join("metrics");
+    let kernel = payload("end", "POWER_OFF");
+    run(&["--kernel", &kernel, "--metrics-path", text(&path)]).expect_status(0);
+    assert_eq!(number(&only_line(&path), "seccomp", "num_faults"), 0);
 }

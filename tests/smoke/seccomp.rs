@@ -14,7 +14,7 @@ fn own() -> Value {
 }
 
 /// Husk's own rules but for those of `syscall` in the set called `name` of which `word` is part.
-fn without(name: &str, syscall: &str, word: &str) -> Value {
+pub fn without(name: &str, syscall: &str, word: &str) -> Value {
     let mut rules = own();
     let filter = rules[name]["filter"].as_array_mut().unwrap();
     let before = filter.len();
@@ -24,13 +24,13 @@ fn without(name: &str, syscall: &str, word: &str) -> Value {
 }
 
 /// Husk's own rules, and almost none for the kind called `name`.
-fn empty(name: &str) -> Value {
+pub fn empty(name: &str) -> Value {
     let mut rules = own();
     rules[name] = json!({ "filter": [{ "syscall": "close" }] });
     rules
 }
 
-fn rules_file(dir: &tempfile::TempDir, rules: &Value) -> PathBuf {
+pub fn rules_file(dir: &tempfile::TempDir, rules: &Value) -> PathBuf {
     file(dir, "filter.json", rules.to_string().as_bytes())
 }
 

@@ -5,6 +5,7 @@ use bytes::Bytes;
 use http_body_util::channel::{Channel, Sender as BodySender};
 use http_body_util::{BodyExt, Either, Full, LengthLimitError, Limited};
 use husk_config::{Answer, Event, VmmRequest};
+use husk_metrics::METRICS;
 use hyper::body::{Frame, Incoming};
 use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue, SERVER};
 use hyper::service::service_fn;
@@ -17,7 +18,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::LocalSet;
 use tokio::time::timeout;
@@ -249,6 +250,8 @@ async fn answer(
         Ok(body) => body,
         Err(response) => return Ok(counted(&method, &path, *response)),
     };
+    // Now that it is here: how long a client takes to send it is not ours.
+    let begun = Instant::now();
     let parsed = match parse(&method, &path, &body) {
         Ok(parsed) => parsed,
         Err(refused) => return Ok(counted(&method, &path, refuse(&refused))),
@@ -257,6 +260,11 @@ async fn answer(
         Call::OpenApi => json(StatusCode::OK, crate::openapi::DOCUMENT.into()),
         Call::Events => state.watch(),
         Call::Vmm(request) => {
+            let latency = match &request {
+                VmmRequest::Pause => Some(&METRICS.latencies_us.pause_vm),
+                VmmRequest::Resume => Some(&METRICS.latencies_us.resume_vm),
+                _ => None,
+            };
             let (tell, told) = oneshot::channel();
             let reply = Box::new(move |outcome| {
                 // A client that has hung up does not want to know.
@@ -264,7 +272,12 @@ async fn answer(
             });
             (state.handler)(request, reply);
             match told.await {
-                Ok(outcome) => respond(outcome),
+                Ok(outcome) => {
+                    if let Some(latency) = latency.filter(|_| outcome.is_ok()) {
+                        latency.set(begun.elapsed());
+                    }
+                    respond(outcome)
+                }
                 Err(_) => fault(StatusCode::BAD_REQUEST, "The VM is ending."),
             }
         }

@@ -1,5 +1,6 @@
 //! A file or named pipe that takes the guest's output instead of standard output.
 
+use husk_metrics::METRICS;
 use rustix::io::Errno;
 use std::fs::File;
 use std::path::Path;
@@ -31,7 +32,10 @@ impl husk_devices::serial::Output for FileOutput {
             match rustix::io::write(&self.file, bytes) {
                 Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
                 Err(Errno::INTR) => {}
-                Err(e) => return log::debug!("output of the serial console is lost: {e}"),
+                Err(e) => {
+                    METRICS.uart.error_count.inc();
+                    return log::debug!("output of the serial console is lost: {e}");
+                }
             }
         }
     }

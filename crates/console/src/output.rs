@@ -1,6 +1,7 @@
 //! The guest's output: a bounded buffer, drained by a thread that may block on the host.
 
 use crate::Error;
+use husk_metrics::METRICS;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 use rustix::io::Errno;
@@ -240,6 +241,7 @@ fn drain(shared: &Shared) {
     let (mut chunk, mut wrote) = (Vec::new(), false);
     while let Some(full) = shared.next(chunk, wrote) {
         if let Err(error) = write_all(&shared.target, &full) {
+            METRICS.uart.error_count.inc();
             let mut buffer = shared.lock();
             if !buffer.discard {
                 buffer.discard();

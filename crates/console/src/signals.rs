@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // signal handlers: no safe crate sets one for SIGSEGV
 
 use crate::{Error, Terminal, terminal};
+use husk_metrics::METRICS;
 use libc::c_int;
 use rustix::io::write;
 use rustix::stdio::stderr;
@@ -13,7 +14,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 /// Signals whose default action kills, and the line that says so. SIGINT, SIGTERM, SIGHUP and SIGQUIT are the monitor's
 /// to handle, and must not be here: a handler that calls the one before it would call itself for ever. SIGSYS is the seccomp
 /// filters'.
-const FATAL: [(c_int, &str); 8] = [
+const FATAL: [(c_int, &str); 9] = [
     (
         libc::SIGSEGV,
         "husk: internal error: SIGSEGV (bad memory access); please report it\n",
@@ -37,6 +38,10 @@ const FATAL: [(c_int, &str); 8] = [
     (
         libc::SIGXCPU,
         "husk: SIGXCPU: the limit on CPU time is reached (ulimit -t)\n",
+    ),
+    (
+        libc::SIGXFSZ,
+        "husk: SIGXFSZ: a file would be larger than the limit allows (ulimit -f)\n",
     ),
     (libc::SIGALRM, ""),
     (libc::SIGTRAP, ""),
@@ -70,8 +75,8 @@ pub fn install_panic_hook() {
 }
 
 /// Make signals that kill (and are at their default) restore the terminal first, and say in one line what
-/// happened; then the default action follows. SIGTSTP restores, stops, and makes the terminal raw again
-/// when the process goes on.
+/// happened; then the default action follows. They are counted, and a last line of metrics is written. SIGTSTP restores, stops,
+/// and makes the terminal raw again when the process goes on. SIGPIPE is counted and has no other effect.
 ///
 /// Call it before other threads start, and install handlers of one's own after it.
 pub fn install_fatal_signal_handlers() -> Result<(), Error> {
@@ -86,6 +91,12 @@ pub fn install_fatal_signal_handlers() -> Result<(), Error> {
             )?;
         }
     }
+    // Rust's runtime ignores it: who writes is told by an error.
+    set(
+        libc::SIGPIPE,
+        on_pipe as *const () as usize,
+        libc::SA_RESTART | libc::SA_ONSTACK,
+    )?;
     if disposition(libc::SIGTSTP)? == libc::SIG_DFL {
         set(
             libc::SIGTSTP,
@@ -127,6 +138,7 @@ extern "C" fn on_exit(signal: c_int) {
         .ok()
         .and_then(|at| EXIT_STATUS.get(at));
     let status = status.map_or(1, |status| status.load(Ordering::Relaxed));
+    tell(signal);
     // SAFETY: _exit is async-signal-safe and takes any status.
     unsafe { libc::_exit(status.into()) };
 }
@@ -152,8 +164,8 @@ fn set(signal: c_int, handler: usize, flags: c_int) -> Result<(), Error> {
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handler;
     action.sa_flags = flags;
-    // SAFETY: `action` is valid; without SA_SIGINFO its handler takes one c_int, as `on_fatal` and `on_stop` do,
-    // and both call async-signal-safe functions only.
+    // SAFETY: `action` is valid; without SA_SIGINFO its handler takes one c_int, as `on_fatal`, `on_exit`, `on_pipe` and
+    // `on_stop` do, and all call async-signal-safe functions only.
     let result = unsafe { libc::sigaction(signal, &action, null_mut()) };
     check(signal, result)
 }
@@ -178,8 +190,32 @@ extern "C" fn on_fatal(signal: c_int) {
     {
         let _ = write(stderr(), line.as_bytes());
     }
+    tell(signal);
     // SAFETY: raise is async-signal-safe and takes any signal number.
     unsafe { libc::raise(signal) };
+}
+
+/// Count a signal that ends the process, and write the last line of metrics. Async-signal-safe, and after all else that the
+/// user is to see.
+fn tell(signal: c_int) {
+    let signals = &METRICS.signals;
+    let own = match signal {
+        libc::SIGBUS => Some(&signals.sigbus),
+        libc::SIGSEGV => Some(&signals.sigsegv),
+        libc::SIGXFSZ => Some(&signals.sigxfsz),
+        libc::SIGXCPU => Some(&signals.sigxcpu),
+        libc::SIGHUP => Some(&signals.sighup),
+        libc::SIGILL => Some(&signals.sigill),
+        _ => None,
+    };
+    if let Some(own) = own {
+        own.set(1);
+    }
+    husk_metrics::flush_from_handler();
+}
+
+extern "C" fn on_pipe(_: c_int) {
+    METRICS.signals.sigpipe.inc();
 }
 
 /// Stop as SIGTSTP by default does, between a restored terminal and a raw one.

@@ -93,6 +93,10 @@ impl VirtioDevice for Entropy {
         Ok(())
     }
 
+    fn not_started(&mut self) {
+        self.metrics.activate_fails.inc();
+    }
+
     fn stop(&mut self) -> Vec<ActiveQueue> {
         self.queue.take().into_iter().collect()
     }
@@ -168,11 +172,14 @@ mod tests {
         let thread = Arc::new(DeviceThread::start("rng", || ()).unwrap());
         let mem = memory();
         let mut driver = Driver::new(Box::new(Mmio::new(Box::new(device), &thread, &mem)), mem);
+        driver.start_badly();
+        assert_eq!(metrics.activate_fails.total(), 1);
         driver.start(u64::MAX, 16);
         use_it(&mut driver);
         assert_eq!(metrics.entropy_event_count.total(), 2);
         assert_eq!(metrics.entropy_bytes.total(), 2 * 5101);
         assert_eq!(metrics.entropy_event_fails.total(), 0);
+        assert_eq!(metrics.activate_fails.total(), 1);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use crate::{GuestEvent, GuestEvents, ports_of};
 use husk_bus::BusDevice;
-use husk_metrics::METRICS;
+use husk_metrics::{I8042Metrics, METRICS};
 use std::sync::Arc;
 
 /// Number of I/O ports, from 0x60.
@@ -30,12 +30,16 @@ const PORT_B_VALUE: u8 = 0x20;
 /// A keyboard controller without a keyboard: `0xfe` to its command port resets the machine.
 pub struct I8042 {
     events: Arc<dyn GuestEvents>,
+    metrics: &'static I8042Metrics,
 }
 
 impl I8042 {
     /// A controller that reports [`GuestEvent::Reset`] to `events`.
     pub fn new(events: Arc<dyn GuestEvents>) -> Self {
-        Self { events }
+        Self {
+            events,
+            metrics: &METRICS.i8042,
+        }
     }
 }
 
@@ -47,11 +51,11 @@ impl BusDevice for I8042 {
                 PORT_B => PORT_B_VALUE,
                 COMMAND => STATUS,
                 _ => {
-                    METRICS.i8042.missed_read_count.inc();
+                    self.metrics.missed_read_count.inc();
                     continue;
                 }
             };
-            METRICS.i8042.read_count.inc();
+            self.metrics.read_count.inc();
             if let Some(byte) = data.get_mut(at) {
                 *byte = value;
             }
@@ -61,14 +65,20 @@ impl BusDevice for I8042 {
     fn write(&self, offset: u64, data: &[u8]) {
         for (port, at) in ports_of(offset, data.len(), PORTS) {
             let command = data.get(at).copied().unwrap_or_default();
-            METRICS.i8042.write_count.inc();
-            if port == COMMAND
-                && command & PULSE_OUTPUTS == PULSE_OUTPUTS
-                && command & RESET_LINE == 0
-            {
-                METRICS.i8042.reset_count.inc();
-                self.events.event(GuestEvent::Reset);
+            match port {
+                DATA | PORT_B => {}
+                COMMAND if command & PULSE_OUTPUTS == PULSE_OUTPUTS => {
+                    if command & RESET_LINE == 0 {
+                        self.metrics.reset_count.inc();
+                        self.events.event(GuestEvent::Reset);
+                    }
+                }
+                _ => {
+                    self.metrics.missed_write_count.inc();
+                    continue;
+                }
             }
+            self.metrics.write_count.inc();
         }
     }
 }
@@ -121,5 +131,27 @@ mod tests {
     fn a_guest_that_waits_for_the_timer_output_does_not_hang() {
         let device = I8042::new(Arc::new(Recorder::default()));
         assert_ne!(read(&device, PORT_B) & 0x20, 0);
+    }
+
+    #[test]
+    fn what_is_not_there_is_counted() {
+        let m: &I8042Metrics = Box::leak(Box::default());
+        let counts = || {
+            [
+                m.missed_read_count.total(),
+                m.missed_write_count.total(),
+                m.write_count.total(),
+                m.reset_count.total(),
+            ]
+        };
+        let device = I8042 {
+            metrics: m,
+            ..I8042::new(Arc::new(Recorder::default()))
+        };
+        read(&device, 2);
+        for (port, byte) in [(2, 0), (COMMAND, 0xd1), (DATA, 0), (COMMAND, 0xfe)] {
+            device.write(port, &[byte]);
+        }
+        assert_eq!(counts(), [1, 2, 2, 1]);
     }
 }

@@ -5,6 +5,7 @@
 
 use crate::{GuestEvent, GuestEvents, ports_of, pulse};
 use husk_bus::BusDevice;
+use husk_metrics::{I8042Metrics, METRICS};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -55,6 +56,7 @@ pub struct Keyboard {
     events: Arc<dyn GuestEvents>,
     irq: EventFd,
     state: Mutex<State>,
+    metrics: &'static I8042Metrics,
 }
 
 /// What the guest has made of the controller and its keyboard.
@@ -115,8 +117,8 @@ impl State {
         }
     }
 
-    /// A command to the controller. True when it resets the machine.
-    fn command(&mut self, command: u8) -> bool {
+    /// A command to the controller. True when it resets the machine; None when there is no such command.
+    fn command(&mut self, command: u8) -> Option<bool> {
         self.next = Next::Keyboard;
         match command {
             0x20 => self.send(&[self.command_byte]),
@@ -139,10 +141,10 @@ impl State {
             // Output port: no reset, A20 on.
             0xd0 => self.send(&[3]),
             // Pulse the output lines whose bits are 0; bit 0 is the reset line.
-            0xf0..=0xff => return command & 1 == 0,
-            _ => {}
+            0xf0..=0xff => return Some(command & 1 == 0),
+            _ => return None,
         }
-        false
+        Some(false)
     }
 
     /// A byte at the data port. True when it resets the machine.
@@ -207,6 +209,7 @@ impl Keyboard {
             events,
             irq,
             state: Mutex::default(),
+            metrics: &METRICS.i8042,
         }
     }
 
@@ -217,6 +220,7 @@ impl Keyboard {
         let listens =
             state.scanning && state.command_byte & (INTERRUPTS | KEYBOARD_OFF) == INTERRUPTS;
         if !listens {
+            self.metrics.error_count.inc();
             return false;
         }
         if state.output.is_empty() {
@@ -259,8 +263,12 @@ impl BusDevice for Keyboard {
                 }
                 PORT_B => PORT_B_VALUE,
                 COMMAND => self.lock().status(),
-                _ => continue,
+                _ => {
+                    self.metrics.missed_read_count.inc();
+                    continue;
+                }
             };
+            self.metrics.read_count.inc();
             if let Some(byte) = data.get_mut(at) {
                 *byte = value;
             }
@@ -274,18 +282,27 @@ impl BusDevice for Keyboard {
         for (port, at) in ports_of(offset, data.len(), PORTS) {
             let value = data.get(at).copied().unwrap_or_default();
             let mut state = self.lock();
-            let reset = match port {
-                DATA => state.data(value),
+            let taken = match port {
+                DATA => Some(state.data(value)),
+                PORT_B => Some(false),
                 COMMAND => state.command(value),
-                _ => continue,
+                _ => None,
             };
-            state.was_command = port == COMMAND;
+            if let DATA | COMMAND = port {
+                state.was_command = port == COMMAND;
+            }
+            let Some(reset) = taken else {
+                self.metrics.missed_write_count.inc();
+                continue;
+            };
+            self.metrics.write_count.inc();
             let interrupt = port == DATA && state.interrupts();
             drop(state);
             if interrupt {
                 pulse(&self.irq);
             }
             if reset {
+                self.metrics.reset_count.inc();
                 self.events.event(GuestEvent::Reset);
             }
         }
@@ -465,5 +482,30 @@ mod tests {
             assert!(guest.keyboard.lock().output.len() <= MOST);
         }
         guest.keyboard.write(u64::MAX, &[0; 8]);
+    }
+
+    #[test]
+    fn it_counts_where_the_other_controller_does() {
+        let m: &I8042Metrics = Box::leak(Box::default());
+        let counts = || {
+            [
+                m.error_count.total(),
+                m.missed_read_count.total(),
+                m.missed_write_count.total(),
+                m.read_count.total(),
+                m.write_count.total(),
+                m.reset_count.total(),
+            ]
+        };
+        let mut guest = Guest::new();
+        guest.keyboard.metrics = m;
+        assert!(!guest.keyboard.press_ctrl_alt_del());
+        guest.read(2);
+        guest.keyboard.write(2, &[0]);
+        guest.command(0x55);
+        guest.command(0xaa);
+        assert_eq!(guest.drain(), [0x55]);
+        guest.command(0xfe);
+        assert_eq!(counts(), [1, 1, 2, 6, 2, 1]);
     }
 }

@@ -177,12 +177,11 @@ impl Vcpu {
     }
 
     /// The guest has not run for a while: its watchdogs are told not to mind (KVM_KVMCLOCK_CTRL). Between two calls of
-    /// [`Vcpu::run`].
-    pub fn notify_of_pause(&self) {
-        // EINVAL: the guest has no paravirtual clock, and nobody to be told.
-        if let Err(e) = self.fd.kvmclock_ctrl() {
-            log::debug!("the guest is not told of its pause: {e}");
-        }
+    /// [`Vcpu::run`]. False: it could not be told, most likely because it has no paravirtual clock (EINVAL).
+    pub fn notify_of_pause(&self) -> bool {
+        let told = self.fd.kvmclock_ctrl();
+        told.inspect_err(|e| log::debug!("the guest is not told of its pause: {e}"))
+            .is_ok()
     }
 
     /// Complete the `in` or load that the last exit was for, without letting the guest go on. [`Exit::Interrupted`] when there

@@ -1,7 +1,7 @@
 //! What there may be several of.
 
 use crate::section::Section;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// Devices that were taken away and that no line has told of yet, at most; the oldest go first.
 const MOST_GONE: usize = 64;
@@ -58,6 +58,16 @@ impl<T: Section + Default + 'static> Family<T> {
 
     pub(crate) fn all(&self) -> Vec<(Arc<str>, Arc<T>)> {
         self.lock().clone()
+    }
+
+    /// Call `what` with all members; with none while somebody else is at the list, who may be the thread that a signal has
+    /// interrupted. Allocates nothing and does not wait.
+    pub(crate) fn with_all_at_once(&self, what: impl FnOnce(&[(Arc<str>, Arc<T>)])) {
+        match self.members.try_lock() {
+            Ok(members) => what(&members),
+            Err(TryLockError::Poisoned(e)) => what(&e.into_inner()),
+            Err(TryLockError::WouldBlock) => what(&[]),
+        }
     }
 
     pub(crate) fn forget_gone(&self) {

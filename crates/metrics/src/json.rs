@@ -45,12 +45,10 @@ impl Serialize for Reading {
             Reading::Counter { untold, .. } => serializer.serialize_u64(*untold),
             Reading::Gauge(value) | Reading::Micros(value) => serializer.serialize_u64(*value),
             Reading::Latency(all) => {
-                // Whole microseconds of the sums, so that what is cut off one time is in the next.
-                let sum = (all.sum_ns / 1000).saturating_sub(all.told_ns / 1000);
                 let mut map = serializer.serialize_map(Some(3))?;
                 map.serialize_entry("min_us", &(all.shortest_ns() / 1000))?;
                 map.serialize_entry("max_us", &(all.max_ns / 1000))?;
-                map.serialize_entry("sum_us", &sum)?;
+                map.serialize_entry("sum_us", &all.untold_us())?;
                 map.end()
             }
         }

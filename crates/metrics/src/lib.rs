@@ -12,6 +12,7 @@
 
 mod family;
 mod json;
+mod last;
 mod prometheus;
 mod requests;
 mod section;
@@ -26,6 +27,9 @@ pub use prometheus::{CONTENT_TYPE, prometheus};
 pub use requests::{count_deprecated_request, count_failed_request, count_request};
 pub use section::{Metric, Section};
 pub use sections::*;
-pub use sink::{Error, PERIOD, configure, flush, flush_after_panic, flush_if_due, next_flush};
+pub use sink::{
+    Error, PERIOD, configure, flush, flush_after_panic, flush_from_handler, flush_if_due,
+    next_flush,
+};
 pub use start::start_times;
 pub use value::{Counter, Gauge, Latency, Micros};

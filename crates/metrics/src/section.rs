@@ -95,6 +95,11 @@ macro_rules! process {
                 vec![$($crate::snapshot::Grouped::group(&self.$field, stringify!($field)),)+]
             }
 
+            /// Call `what` with each section and its name, in the order of a line. Allocates nothing.
+            pub(crate) fn each(&'static self, what: &mut dyn FnMut(&'static str, &dyn $crate::last::Last)) {
+                $(what(stringify!($field), &self.$field);)+
+            }
+
             /// A device that was taken away has been told of for the last time.
             pub(crate) fn forget_gone(&'static self) {
                 $($crate::snapshot::Grouped::forget_gone(&self.$field);)+

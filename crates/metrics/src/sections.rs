@@ -165,7 +165,7 @@ sections! {
 
     /// The keyboard controller.
     I8042Metrics {
-        /// Resets that could not be passed on, keys that the guest was not told of.
+        /// Times that keys were to be pressed and no driver listened to the keyboard.
         error_count: Counter,
         /// Reads of ports that are not there.
         missed_read_count: Counter,
@@ -181,7 +181,7 @@ sections! {
 
     /// The serial console.
     UartMetrics {
-        /// Writes that failed.
+        /// Writes of the output that failed.
         error_count: Counter,
         /// Flushes of the output.
         flush_count: Counter,
@@ -205,9 +205,9 @@ sections! {
         diff_create_snapshot: Micros,
         /// Loading a snapshot, as the client saw it.
         load_snapshot: Micros,
-        /// Pausing the VM, as the client saw it.
+        /// Pausing the VM, from the request to its answer.
         pause_vm: Micros,
-        /// Resuming the VM, as the client saw it.
+        /// Resuming the VM, from the request to its answer.
         resume_vm: Micros,
         /// A full snapshot, in the monitor.
         vmm_full_create_snapshot: Micros,
@@ -251,7 +251,7 @@ sections! {
         tx_bytes: Counter,
         /// Times that something was sent.
         tx_count: Counter,
-        /// Frames that could not be sent.
+        /// Frames that the guest's driver has not taken before its reset.
         tx_errors: Counter,
         /// Frames sent.
         tx_frames: Counter,
@@ -405,7 +405,7 @@ sections! {
 
     /// System call filters.
     SeccompMetrics {
-        /// System calls that a filter refused.
+        /// 1 when a system call that a filter refused ends the process.
         num_faults: Gauge,
     }
 
@@ -449,19 +449,19 @@ sections! {
 
     /// Signals to the process.
     SignalMetrics {
-        /// SIGBUS.
+        /// 1 when SIGBUS ends the process.
         sigbus: Gauge,
-        /// SIGSEGV.
+        /// 1 when SIGSEGV ends the process.
         sigsegv: Gauge,
-        /// SIGXFSZ.
+        /// 1 when SIGXFSZ ends the process.
         sigxfsz: Gauge,
-        /// SIGXCPU.
+        /// 1 when SIGXCPU ends the process.
         sigxcpu: Gauge,
-        /// SIGPIPE.
+        /// SIGPIPE, from writes that nobody takes.
         sigpipe: Counter,
-        /// SIGHUP.
+        /// 1 once SIGHUP has come.
         sighup: Gauge,
-        /// SIGILL.
+        /// 1 when SIGILL ends the process.
         sigill: Gauge,
     }
 
@@ -479,7 +479,7 @@ sections! {
         ev_queue_event_fails: Counter,
         /// Times that the host's sockets could not be waited for.
         muxer_event_fails: Counter,
-        /// Events of connections that could not be handled.
+        /// Programs of the host's that did not say to which port they want.
         conn_event_fails: Counter,
         /// Kicks of the receive queue.
         rx_queue_event_count: Counter,

@@ -1,7 +1,7 @@
 //! Where lines of JSON go.
 
-use crate::json;
 use crate::sections::{METRICS, Metrics};
+use crate::{json, last};
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -31,6 +31,10 @@ pub enum Error {
     #[error("a line of metrics cannot be made")]
     Format(#[source] serde_json::Error),
 }
+
+/// Bytes that a line from a signal's handler may have: enough for some 250 devices. Memory that is never touched unless it is
+/// written there.
+const LAST_LINE: usize = 256 << 10;
 
 /// The process's, once it is configured.
 static SINK: Mutex<Option<Sink>> = Mutex::new(None);
@@ -65,6 +69,17 @@ pub fn flush_after_panic() {
     }
 }
 
+/// [`flush`] for a process that a signal is about to end, from that signal's handler: allocates nothing and waits for nothing.
+/// There is no line when the signal came while one was written. A process that lives on nevertheless (a container's first one
+/// does) tells all of it once more with the next line.
+pub fn flush_from_handler() {
+    if let Ok(mut sink) = SINK.try_lock()
+        && let Some(sink) = sink.as_mut()
+    {
+        sink.flush_last(&METRICS);
+    }
+}
+
 /// When the next line is due; None when no file was configured.
 pub fn next_flush() -> Option<Instant> {
     lock().as_ref().map(|sink| sink.due)
@@ -93,6 +108,8 @@ struct Sink {
     due: Instant,
     /// The rest of a line of which only the beginning had room: lines stay whole.
     rest: Vec<u8>,
+    /// With room for the line of [`Sink::flush_last`].
+    last: Vec<u8>,
 }
 
 impl Sink {
@@ -111,6 +128,7 @@ impl Sink {
             file,
             due: Instant::now() + PERIOD,
             rest: Vec::new(),
+            last: Vec::with_capacity(LAST_LINE),
         })
     }
 
@@ -120,10 +138,8 @@ impl Sink {
             error
         };
         self.write_rest().map_err(missed)?;
-        let since = SystemTime::now().duration_since(UNIX_EPOCH);
-        let ms = u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX);
         let groups = metrics.groups();
-        let line = json::line(ms, &groups).map_err(|e| {
+        let line = json::line(now_ms(), &groups).map_err(|e| {
             metrics.logger.metrics_fails.inc();
             Error::Format(e)
         })?;
@@ -142,23 +158,40 @@ impl Sink {
         Ok(())
     }
 
+    /// The last line. Nothing of it is marked as told: nobody asks any more.
+    fn flush_last(&mut self, metrics: &'static Metrics) {
+        self.last.clear();
+        if self.push_rest().is_ok() && last::line(now_ms(), metrics, &mut self.last) {
+            std::mem::swap(&mut self.rest, &mut self.last);
+            // Nobody is left to tell.
+            let _ = self.push_rest();
+        }
+    }
+
     fn write_rest(&mut self) -> Result<(), Error> {
+        self.push_rest().map_err(|e| match e.kind() {
+            ErrorKind::WouldBlock => Error::Full(self.path.clone()),
+            _ => Error::Write(self.path.clone(), e),
+        })
+    }
+
+    /// Allocates nothing: neither do errors of the host's.
+    fn push_rest(&mut self) -> io::Result<()> {
         while !self.rest.is_empty() {
             match self.file.write(&self.rest) {
-                Ok(0) => {
-                    let error = io::Error::from(ErrorKind::WriteZero);
-                    return Err(Error::Write(self.path.clone(), error));
-                }
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(count) => drop(self.rest.drain(..count)),
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                    return Err(Error::Full(self.path.clone()));
-                }
-                Err(e) => return Err(Error::Write(self.path.clone(), e)),
+                Err(e) => return Err(e),
             }
         }
         Ok(())
     }
+}
+
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

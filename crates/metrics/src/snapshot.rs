@@ -104,7 +104,23 @@ impl<T: Section + Default + 'static> Grouped for Family<T> {
 }
 
 impl Reading {
-    fn add(&mut self, other: &Reading) {
+    /// What `metric` is now.
+    pub(crate) fn of(metric: Metric<'_>) -> Self {
+        match metric {
+            Metric::Counter(counter) => {
+                let total = counter.total();
+                Reading::Counter {
+                    total,
+                    untold: counter.untold(total),
+                }
+            }
+            Metric::Gauge(gauge) => Reading::Gauge(gauge.get()),
+            Metric::Micros(micros) => Reading::Micros(micros.get()),
+            Metric::Latency(latency) => Reading::Latency(latency.read()),
+        }
+    }
+
+    pub(crate) fn add(&mut self, other: &Reading) {
         match (self, other) {
             (
                 Reading::Counter { total, untold },
@@ -149,23 +165,10 @@ impl Group {
 fn read(section: &dyn Section) -> Vec<Field> {
     let mut fields = Vec::new();
     section.visit(&mut |name, help, metric| {
-        let reading = match metric {
-            Metric::Counter(counter) => {
-                let total = counter.total();
-                Reading::Counter {
-                    total,
-                    untold: counter.untold(total),
-                }
-            }
-            Metric::Gauge(gauge) => Reading::Gauge(gauge.get()),
-            Metric::Micros(micros) => Reading::Micros(micros.get()),
-            Metric::Latency(latency) => Reading::Latency(latency.read()),
-        };
-        let help = help.trim();
         fields.push(Field {
             name,
-            help,
-            reading,
+            help: help.trim(),
+            reading: Reading::of(metric),
         });
     });
     fields

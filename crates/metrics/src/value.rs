@@ -177,6 +177,11 @@ impl Latencies {
         self.max_ns = self.max_ns.max(other.max_ns);
     }
 
+    /// What of the sum is new, in whole microseconds of the sums: what is cut off one time is in the next.
+    pub(crate) fn untold_us(&self) -> u64 {
+        (self.sum_ns / 1000).saturating_sub(self.told_ns / 1000)
+    }
+
     /// 0 where none was recorded.
     pub(crate) fn shortest_ns(&self) -> u64 {
         if self.min_ns == u64::MAX {

@@ -26,6 +26,9 @@ thread_local! {
 /// The `fn()` that is called before the line is written; 0 is none.
 static RESTORE: AtomicUsize = AtomicUsize::new(0);
 
+/// The `fn()` that is called after it; 0 is none.
+static LAST: AtomicUsize = AtomicUsize::new(0);
+
 /// `siginfo_t` of a SIGSYS (sigaction(2)).
 #[repr(C)]
 struct SigSys {
@@ -44,12 +47,14 @@ struct Fprog {
     filter: *const sock_filter,
 }
 
-/// Make a violation end the process with [`EXIT_STATUS`] and a line on stderr; `restore` is called before, and must be
-/// async-signal-safe. So it is before a SIGSYS that another process sent kills this one.
+/// Make a violation end the process with [`EXIT_STATUS`] and a line on stderr; `restore` is called before that line and `last`
+/// after it. Both must be async-signal-safe, and make no calls but those that every filter allows. `restore` is also called
+/// before a SIGSYS that another process sent kills this one.
 ///
 /// Call it before the first filter is installed.
-pub fn catch_violations(restore: fn()) -> io::Result<()> {
+pub fn catch_violations(restore: fn(), last: fn()) -> io::Result<()> {
     RESTORE.store(restore as usize, Ordering::Release);
+    LAST.store(last as usize, Ordering::Release);
     set_action(
         on_sigsys as *const () as usize,
         libc::SA_SIGINFO | libc::SA_ONSTACK,
@@ -91,13 +96,17 @@ fn set_action(handler: usize, flags: c_int) -> io::Result<()> {
     }
 }
 
-/// Call what [`catch_violations`] was given.
+/// Call what [`catch_violations`] was given for the time before the line.
 pub(crate) fn restore() {
-    let restore = RESTORE.load(Ordering::Acquire);
-    if restore != 0 {
-        // SAFETY: nothing but a `fn()` or 0 is stored there.
-        let restore = unsafe { std::mem::transmute::<usize, fn()>(restore) };
-        restore();
+    call(&RESTORE);
+}
+
+fn call(stored: &AtomicUsize) {
+    let stored = stored.load(Ordering::Acquire);
+    if stored != 0 {
+        // SAFETY: nothing but a `fn()` or 0 is stored in the two statics that come here.
+        let stored = unsafe { std::mem::transmute::<usize, fn()>(stored) };
+        stored();
     }
 }
 
@@ -118,6 +127,7 @@ extern "C" fn on_sigsys(_: c_int, info: *mut libc::siginfo_t, context: *mut c_vo
     // A line that is too long is cut.
     let _ = describe(&mut line, info, registers);
     say(line.text());
+    call(&LAST);
     // SAFETY: _exit is async-signal-safe, and does not return.
     unsafe { libc::_exit(EXIT_STATUS) }
 }

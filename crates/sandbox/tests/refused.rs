@@ -267,7 +267,7 @@ fn assert_refused(kind: Kind, syscall: &str, output: &Output) {
     );
     assert_eq!(line.lines().count(), 1, "{line}");
     // What was to be done before the line.
-    assert_eq!(output.stdout, b"restored", "{kind:?} {syscall}");
+    assert_eq!(output.stdout, b"restored, told", "{kind:?} {syscall}");
 }
 
 /// Runs in a process of its own.
@@ -289,7 +289,10 @@ fn child(list: &str, kind: &str, act: &str) -> ExitCode {
     let restore = || {
         let _ = raw(libc::SYS_write, [1, c"restored".as_ptr() as i64, 8, 0]);
     };
-    catch_violations(restore).unwrap();
+    let last = || {
+        let _ = raw(libc::SYS_write, [1, c", told".as_ptr() as i64, 6, 0]);
+    };
+    catch_violations(restore, last).unwrap();
     let filters = match list {
         "none" | "signal" => Filters::none(),
         _ => Filters::built_in(),

@@ -105,6 +105,10 @@ pub trait VirtioDevice: Send {
     /// waiting in them already, and [`VirtioDevice::queue_ready`] is called for each soon.
     fn start(&mut self, features: u64, queues: Vec<ActiveQueue>) -> Result<(), DeviceError>;
 
+    /// The driver wanted it to start, and it has not: [`VirtioDevice::start`] has failed, or a queue cannot be used. It is
+    /// stopped. To be counted.
+    fn not_started(&mut self) {}
+
     /// Finish what is in flight, forget what the driver negotiated, and give the queues back. Without effect when stopped.
     fn stop(&mut self) -> Vec<ActiveQueue>;
 

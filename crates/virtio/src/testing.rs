@@ -206,6 +206,22 @@ impl Driver {
         assert_eq!(self.registers.status(), 15, "the device does not start");
     }
 
+    /// As [`Driver::start`], but with a first queue that lies outside of memory: the device cannot start.
+    #[track_caller]
+    pub fn start_badly(&mut self) {
+        self.set_up(u64::MAX, 16);
+        self.registers.set_status(0);
+        self.registers.set_status(1);
+        self.registers.set_status(3);
+        self.registers.set_driver_features(self.features);
+        self.registers.set_status(11);
+        let mut state = self.queues[0].state;
+        state.descriptors = 1 << 40;
+        self.registers.enable_queue(0, &state);
+        self.registers.set_status(15);
+        assert_ne!(self.registers.status() & 0x40, 0, "the device starts");
+    }
+
     /// As [`Driver::start`], but stop before DRIVER_OK.
     pub fn set_up(&mut self, features: u64, queue_size: u16) {
         self.registers.set_status(0);

@@ -193,7 +193,9 @@ fn run(index: u32, vcpu: &mut Vcpu, shared: &Shared) {
             let (census, own) = (&shared.census, &*vcpu);
             let has_ended = || shared.lifecycle.has_ended();
             shared.pause.park(has_ended, || census.tell(index, own));
-            vcpu.notify_of_pause();
+            if !vcpu.notify_of_pause() {
+                metrics.kvmclock_ctrl_fails.inc();
+            }
             continue;
         }
         let end = match result {

@@ -346,6 +346,10 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
+    fn not_started(&mut self) {
+        self.metrics.activate_fails.inc();
+    }
+
     fn stop(&mut self) -> Vec<ActiveQueue> {
         self.statistics_head = None;
         self.hint_from_guest = HINT_STOP;

@@ -225,3 +225,19 @@ fn memory_that_others_map_goes_back_to_the_host_as_well() {
     let byte: u8 = mem.read_obj(GuestAddress(FREE * PAGE)).unwrap();
     assert_eq!(byte, 0);
 }
+
+#[test]
+fn starts_and_changes_that_fail_are_counted() {
+    let mut balloon = Balloon::new(&ALL).unwrap();
+    let m = Arc::new(BalloonMetrics::default());
+    balloon.metrics = Arc::clone(&m);
+    let thread = Arc::new(DeviceThread::start("balloon", || ()).unwrap());
+    let mem = memory();
+    let registers = Box::new(Mmio::new(Box::new(balloon), &thread, &mem));
+    let mut driver = Driver::new(registers, mem);
+    driver.start_badly();
+    assert_eq!((m.activate_fails.total(), m.cfg_fails.total()), (1, 0));
+    driver.start(u64::MAX, 64);
+    driver.registers.write_config(0, &[9; 4]);
+    assert_eq!((m.activate_fails.total(), m.cfg_fails.total()), (1, 1));
+}

@@ -238,6 +238,15 @@ impl VirtioDevice for Block {
         Ok(())
     }
 
+    fn not_started(&mut self) {
+        self.metrics.activate_fails.inc();
+    }
+
+    /// Nothing in it is the driver's to change.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {
+        self.metrics.cfg_fails.inc();
+    }
+
     fn stop(&mut self) -> Vec<ActiveQueue> {
         if let Err(e) = self.drain() {
             log::debug!("a disk stops with a broken queue: {e}");

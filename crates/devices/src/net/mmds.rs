@@ -75,6 +75,8 @@ impl Detour {
                 Some(_) => self.set_timer(now, Some(now)),
                 None => self.plan(now),
             }
+        } else {
+            self.stack.refuse();
         }
         true
     }

@@ -362,6 +362,15 @@ impl VirtioDevice for Net {
         Ok(())
     }
 
+    fn not_started(&mut self) {
+        self.metrics.activate_fails.inc();
+    }
+
+    /// Nothing in it is the driver's to change.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {
+        self.metrics.cfg_fails.inc();
+    }
+
     fn stop(&mut self) -> Vec<ActiveQueue> {
         self.interrupt = None;
         let rx = self.rx.iter_mut().filter_map(Rx::stop);
@@ -402,7 +411,7 @@ impl VirtioDevice for Net {
     }
 
     fn source_ready(&mut self, token: u32) -> Result<(), DeviceError> {
-        match token {
+        let done = match token {
             WRITABLE => {
                 self.backend.writable();
                 self.run_all(Self::run_tx)
@@ -424,7 +433,8 @@ impl VirtioDevice for Net {
                 }
                 self.run_rx(pair as u16)
             }
-        }
+        };
+        done.inspect_err(|_| self.metrics.event_fails.inc())
     }
 
     fn reset_queue(&mut self, index: u16) -> Option<ActiveQueue> {

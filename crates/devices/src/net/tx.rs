@@ -55,9 +55,15 @@ impl Tx {
         let mut budget = Budget::default();
         let mut outcome = Outcome::Done;
         let mut unshown = 0;
+        let mut is_first = true;
         queue.disable_kicks()?;
         loop {
-            if !queue.pop(&mut self.chain)? {
+            let popped = queue.pop(&mut self.chain)?;
+            let was_first = std::mem::take(&mut is_first);
+            if !popped {
+                if was_first {
+                    path.metrics.no_tx_avail_buffer.inc();
+                }
                 queue.flush()?;
                 if queue.enable_kicks()? {
                     queue.disable_kicks()?;

@@ -136,12 +136,20 @@ impl Receiver for Serial {
     }
 }
 
+/// Bytes of an access of `len` at `offset` that are behind the last register.
+fn behind(offset: u64, len: usize) -> u64 {
+    (len as u64).saturating_sub(PORTS.saturating_sub(offset))
+}
+
 impl BusDevice for Serial {
     fn read(&self, offset: u64, data: &mut [u8]) {
         for (port, at) in ports_of(offset, data.len(), PORTS) {
             if let Some(byte) = data.get_mut(at) {
                 *byte = self.read_register(port);
             }
+        }
+        if let missed @ 1.. = behind(offset, data.len()) {
+            METRICS.uart.missed_read_count.add(missed);
         }
     }
 
@@ -150,6 +158,9 @@ impl BusDevice for Serial {
             if let Some(&value) = data.get(at) {
                 self.write_register(port, value);
             }
+        }
+        if let missed @ 1.. = behind(offset, data.len()) {
+            METRICS.uart.missed_write_count.add(missed);
         }
     }
 

@@ -507,3 +507,16 @@ fn bytes_are_counted_both_ways() {
     assert_eq!(bench.read(RBR), b'x');
     assert!(uart.read_count.total() > read);
 }
+
+#[test]
+fn an_access_may_reach_behind_the_last_register() {
+    for (offset, len, wanted) in [
+        (0, 8, 0),
+        (SCR, 1, 0),
+        (SCR, 4, 3),
+        (0, 9, 1),
+        (u64::MAX, 2, 2),
+    ] {
+        assert_eq!(behind(offset, len), wanted, "{offset} {len}");
+    }
+}

@@ -275,6 +275,15 @@ impl VirtioDevice for Vsock {
         Ok(())
     }
 
+    fn not_started(&mut self) {
+        self.metrics.activate_fails.inc();
+    }
+
+    /// Nothing in it is the driver's to change.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {
+        self.metrics.cfg_fails.inc();
+    }
+
     /// All connections end: the host's programs see it once they have what the guest had sent, and the driver is told if it
     /// does not reset the device.
     fn stop(&mut self) -> Vec<ActiveQueue> {

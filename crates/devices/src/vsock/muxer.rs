@@ -269,6 +269,7 @@ impl Muxer {
             Ok(port) => self.request(number, port),
             Err(e) if e.kind() == ErrorKind::WouldBlock => {}
             Err(e) => {
+                self.metrics.conn_event_fails.inc();
                 log::debug!("a program did not say to which vsock port it wants: {e}");
                 self.remove(number);
             }

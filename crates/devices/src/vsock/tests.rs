@@ -630,8 +630,13 @@ fn packets_bytes_and_connections_are_counted() {
     let mem = memory();
     let registers = Box::new(Mmio::new(Box::new(device), &thread, &mem));
     let mut driver = Driver::new(registers, mem);
+    driver.start_badly();
     driver.start(u64::MAX, 64);
+    driver.registers.write_config(0, &[9; 8]);
     let mut guest = Guest::new(&mut driver, &[4096], 32, &[HEADER_SIZE]);
+    let mut lost = connect(&config.uds_path);
+    lost.write_all(b"hello?\n").unwrap();
+    assert_ended(&lost);
     let mut socket = Socket::connect(&mut guest, 1000, 52);
     let mut host = accept(&listener);
     socket.write(&mut guest, b"ping");
@@ -649,4 +654,6 @@ fn packets_bytes_and_connections_are_counted() {
     assert!(m.tx_queue_event_count.total() >= 3);
     assert_eq!((m.conns_added.total(), m.conns_removed.total()), (1, 1));
     assert_eq!(m.conns_killed.total(), 0);
+    assert_eq!(m.conn_event_fails.total(), 1);
+    assert_eq!((m.activate_fails.total(), m.cfg_fails.total()), (1, 1));
 }

@@ -320,3 +320,108 @@ fn a_file_is_made_or_appended_to_once_per_process() {
     assert!(text.starts_with("before\n{\"utc_timestamp_ms\":"), "{text}");
     assert_eq!(text.lines().count(), 3);
 }
+
+/// With something of every kind, told and untold.
+fn busy() -> &'static Metrics {
+    let metrics = metrics();
+    metrics.signals.sigsegv.set(1);
+    metrics.uart.write_count.add(7);
+    metrics.latencies_us.pause_vm.set(Duration::from_millis(3));
+    for (name, bytes) in [("root", 4096), ("a\"b\\c\n", u64::MAX)] {
+        let disk = metrics.block.member(name);
+        disk.read_bytes.add(bytes);
+        disk.read_agg.record(Duration::from_micros(bytes % 1000));
+        // It is still there.
+        std::mem::forget(disk);
+    }
+    for (cpu, us) in [("0", 7), ("1", 2)] {
+        metrics.vcpu.member(cpu).exit_io_out.inc();
+        let own = metrics.vcpu.member(cpu);
+        own.exit_io_out_agg.record(Duration::from_micros(us));
+    }
+    metrics
+}
+
+#[test]
+fn the_last_line_is_what_any_line_would_have_been() {
+    let dir = TempDir::new().unwrap();
+    let (mut sink, path) = sink(&dir);
+    let metrics = busy();
+    let parse = |text: &str| {
+        let mut line: Value = serde_json::from_str(text).unwrap();
+        let ms = line["utc_timestamp_ms"].take().as_u64().unwrap();
+        assert!(now_ms() - ms < 60_000, "{ms}");
+        line
+    };
+    let last = |sink: &mut Sink| {
+        let before = std::fs::read_to_string(&path).unwrap_or_default();
+        sink.flush_last(metrics);
+        let after = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(after.lines().count(), before.lines().count() + 1);
+        std::mem::swap(&mut sink.last, &mut sink.rest);
+        parse(&after[before.len()..])
+    };
+    let untold = last(&mut sink);
+    let before = std::fs::read_to_string(&path).unwrap().len();
+    sink.flush(metrics).unwrap();
+    let wanted = parse(&std::fs::read_to_string(&path).unwrap()[before..]);
+    assert_eq!(untold, wanted);
+    assert_eq!(at(&untold, "block_root.read_bytes"), 4096);
+    assert_eq!(at(&untold, "vcpu.exit_io_out"), 2);
+    assert_eq!(at(&untold, "vcpu.exit_io_out_agg.min_us"), 2);
+    assert_eq!(at(&untold, "vcpu.exit_io_out_agg.sum_us"), 9);
+    // What was told is not told again.
+    let told = last(&mut sink);
+    assert_eq!(at(&told, "block_root.read_bytes"), 0);
+    assert_eq!(at(&told, "vcpu.exit_io_out_agg.sum_us"), 0);
+    assert_eq!(at(&told, "signals.sigsegv"), 1);
+}
+
+#[test]
+fn the_last_line_never_grows_its_memory_and_is_whole_or_not_there() {
+    let metrics = busy();
+    let mut whole = Vec::with_capacity(LAST_LINE);
+    assert!(last::line(1, metrics, &mut whole));
+    assert_eq!(whole.capacity(), LAST_LINE);
+    for room in [0, 1, 100, whole.len() - 1] {
+        let mut bytes = Vec::with_capacity(room);
+        // An allocator may give more.
+        assert!(bytes.capacity() < whole.len());
+        let capacity = bytes.capacity();
+        assert!(!last::line(1, metrics, &mut bytes), "{room}");
+        assert_eq!(bytes.capacity(), capacity);
+    }
+    let dir = TempDir::new().unwrap();
+    let (mut sink, path) = sink(&dir);
+    sink.last = Vec::with_capacity(100);
+    sink.flush_last(metrics);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "");
+}
+
+#[test]
+fn the_last_line_comes_behind_the_rest_of_the_one_before() {
+    let dir = TempDir::new().unwrap();
+    let (mut sink, path) = sink(&dir);
+    sink.rest = b"the rest\n".to_vec();
+    sink.flush_last(metrics());
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (rest, line) = text.split_once('\n').unwrap();
+    assert_eq!(rest, "the rest");
+    assert_eq!(line.lines().count(), 1);
+    serde_json::from_str::<Value>(line).unwrap();
+}
+
+#[test]
+fn the_last_line_waits_for_nobody_who_is_at_a_list_of_devices() {
+    let metrics = busy();
+    let mut bytes = Vec::with_capacity(LAST_LINE);
+    // This thread is: waiting would be for ever.
+    metrics.block.with_all_at_once(|all| {
+        assert_eq!(all.len(), 2);
+        assert!(last::line(1, metrics, &mut bytes));
+    });
+    let line: Value = serde_json::from_slice(&bytes).unwrap();
+    assert!(line.get("block_root").is_none());
+    assert_eq!(at(&line, "block.read_bytes"), 0);
+    assert_eq!(at(&line, "vcpu.exit_io_out"), 2);
+}

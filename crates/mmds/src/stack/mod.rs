@@ -104,11 +104,10 @@ impl Stack {
         };
         *destination = MAC;
         let metrics = self.server.metrics;
-        metrics.rx_accepted.inc();
         if frame.len() > LONGEST_FRAME || self.out.is_full() {
-            metrics.rx_accepted_err.inc();
-            return;
+            return self.refuse();
         }
+        metrics.rx_accepted.inc();
         match frame.get(PROTOCOL) {
             Some(&TCP) => metrics.rx_count.inc(),
             _ if frame.get(ETHERTYPE) == Some(&ARP) => metrics.rx_count.inc(),
@@ -118,6 +117,13 @@ impl Stack {
         self.listen(now);
         self.take_in(frame, now);
         self.work(now);
+    }
+
+    /// A frame that [`Stack::takes`] is lost: it is longer than [`LONGEST_FRAME`], say.
+    pub fn refuse(&self) {
+        let metrics = self.server.metrics;
+        metrics.rx_accepted.inc();
+        metrics.rx_accepted_err.inc();
     }
 
     /// A deadline has passed, or frames were taken.
@@ -168,8 +174,9 @@ impl Stack {
 
     /// The guest's driver begins anew: what it was told and has not taken is lost, and its connections are.
     pub fn reset(&mut self) {
-        while self.frame().is_some() {
-            self.taken();
+        while let Some(frame) = self.out.frames.pop_front() {
+            self.server.metrics.tx_errors.inc();
+            self.out.spare.push(frame);
         }
         for (handle, _) in self.connections.drain(..) {
             self.sockets.remove(handle);

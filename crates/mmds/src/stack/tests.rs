@@ -511,6 +511,12 @@ fn frames_connections_and_tokens_are_counted() {
     let mut frame = syn(GUEST, 1001);
     rig.stack.receive(&mut frame, rig.now);
     assert_eq!((created.total(), destroyed.total()), (3, 2));
+    // Answers wait, and the guest's driver never takes them.
+    let (waiting, sent) = (rig.stack.out.frames.len(), m.tx_frames.total());
+    assert!(waiting > 0);
+    assert_eq!(m.tx_errors.total(), 0);
     rig.stack.reset();
     assert_eq!((created.total(), destroyed.total()), (3, 3));
+    assert_eq!(m.tx_errors.total(), waiting as u64);
+    assert_eq!(m.tx_frames.total(), sent);
 }

@@ -493,7 +493,7 @@ impl Core {
 
     fn start(&mut self) {
         let place = std::mem::replace(&mut self.place, Place::Lost);
-        let Place::Here(device) = place else {
+        let Place::Here(mut device) = place else {
             self.place = place;
             return;
         };
@@ -503,6 +503,7 @@ impl Core {
             .collect();
         if queues.len() != enabled {
             log::debug!("a virtio driver enabled a queue that is not in its memory");
+            device.not_started();
             self.place = Place::Here(device);
             return self.signals.needs_reset();
         }
@@ -524,8 +525,9 @@ impl Core {
                     what();
                 }
             }
-            Err((Some(device), why)) => {
+            Err((Some(mut device), why)) => {
                 log::debug!("a virtio device did not start: {why}");
+                device.not_started();
                 self.place = Place::Here(device);
                 self.signals.needs_reset();
             }

@@ -1,7 +1,12 @@
 //! The transports with a device that sends back what it is sent.
 
-use crate::testing::{Driver, Subject, check_device};
-use crate::{ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, F_RING_RESET, VirtioDevice};
+use crate::testing::{Driver, Mmio, Subject, check_device, memory};
+use crate::{
+    ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, DeviceThread, F_RING_RESET,
+    VirtioDevice,
+};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Two queues that echo.
 struct Echo {
@@ -97,4 +102,60 @@ fn every_transport_drives_a_device() {
         use_again: None,
         eager: &[0, 1],
     });
+}
+
+/// A device that the host does not let start while `refuses` is not 0, and that counts how often it has not.
+struct Unready {
+    config: Arc<ConfigSpace>,
+    refuses: Arc<AtomicU32>,
+    not_started: Arc<AtomicU32>,
+}
+
+impl VirtioDevice for Unready {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            id: 42,
+            features: 0,
+            queue_sizes: vec![16],
+            config: self.config.clone(),
+        }
+    }
+    fn start(&mut self, _features: u64, _queues: Vec<ActiveQueue>) -> Result<(), DeviceError> {
+        match self.refuses.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            _ => Err(DeviceError::Driver("came too early")),
+        }
+    }
+    fn not_started(&mut self) {
+        self.not_started.fetch_add(1, Ordering::SeqCst);
+    }
+    fn stop(&mut self) -> Vec<ActiveQueue> {
+        Vec::new()
+    }
+    fn queue_ready(&mut self, _index: u16) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_device_learns_that_it_was_to_start_and_has_not() {
+    let (refuses, not_started) = (Arc::new(AtomicU32::new(1)), Arc::default());
+    let device = Unready {
+        config: ConfigSpace::new(Vec::new()),
+        refuses: Arc::clone(&refuses),
+        not_started: Arc::clone(&not_started),
+    };
+    let thread = Arc::new(DeviceThread::start("unready", || ()).unwrap());
+    let mem = memory();
+    let registers = Box::new(Mmio::new(Box::new(device), &thread, &mem));
+    let mut driver = Driver::new(registers, mem);
+    driver.set_up(u64::MAX, 16);
+    driver.registers.set_status(15);
+    assert_eq!(driver.registers.status(), 15 | 0x40);
+    assert_eq!(not_started.load(Ordering::SeqCst), 1);
+    refuses.store(0, Ordering::SeqCst);
+    driver.start_badly();
+    assert_eq!(not_started.load(Ordering::SeqCst), 2);
+    driver.start(u64::MAX, 16);
+    assert_eq!(not_started.load(Ordering::SeqCst), 2);
 }

@@ -290,3 +290,21 @@ fn requests_bytes_and_failures_are_counted() {
         assert_eq!(m.event_fails.total(), 0);
     }
 }
+
+#[test]
+fn starts_and_changes_that_fail_are_counted() {
+    let folder = folder();
+    let drive = Drive::new("disk0", image(folder.path(), "disk", SIZE));
+    let mut device = Block::new(&drive).unwrap();
+    let m = Arc::new(husk_metrics::BlockMetrics::default());
+    device.metrics = Arc::clone(&m);
+    let thread = Arc::new(DeviceThread::start("test", || ()).unwrap());
+    let mem = memory();
+    let mut driver = Driver::new(Box::new(Mmio::new(Box::new(device), &thread, &mem)), mem);
+    driver.start_badly();
+    assert_eq!((m.activate_fails.total(), m.cfg_fails.total()), (1, 0));
+    driver.registers.write_config(0, &[9; 4]);
+    driver.start(u64::MAX, 64);
+    driver.registers.write_config(0, &[9; 4]);
+    assert_eq!((m.activate_fails.total(), m.cfg_fails.total()), (1, 2));
+}

@@ -2,7 +2,7 @@
 
 use super::*;
 use husk_config::MmdsConfig;
-use husk_mmds::{DEFAULT_LIMIT, Mmds, Server};
+use husk_mmds::{DEFAULT_LIMIT, LONGEST_FRAME, Mmds, Server};
 use husk_virtio::testing::{Buffers, Subject, check_device};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
@@ -281,6 +281,23 @@ fn metadata_is_fetched_while_other_packets_go_by() {
             "the host saw packets for the service"
         );
     }
+}
+
+#[test]
+fn a_packet_that_is_too_long_for_metadata_is_counted_as_lost() {
+    // Other tests of this process count there, too, but none has one that is lost.
+    let lost = &METRICS.mmds.rx_accepted_err;
+    let before = lost.total();
+    let (net, far) = net(&interface("eth0"));
+    let mut rig = Rig::start(net, 0);
+    let mut long = arp_request();
+    long.resize(LONGEST_FRAME, 0);
+    rig.send(1, &long);
+    assert_eq!(lost.total(), before);
+    long.push(0);
+    rig.send(1, &long);
+    assert_eq!(lost.total(), before + 1);
+    assert!(far.receive(0).is_none());
 }
 
 #[test]

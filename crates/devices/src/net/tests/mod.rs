@@ -156,3 +156,76 @@ fn packets_and_bytes_are_counted_both_ways() {
     assert_eq!((m.rx_count.total(), m.rx_fails.total()), (2, 0));
     assert!(m.tx_queue_event_count.total() >= 4 && m.rx_queue_event_count.total() >= 1);
 }
+
+/// A pipe of which the host wants no more.
+struct Unready(pipe::Pipe);
+
+impl Backend for Unready {
+    fn facts(&self) -> backend::Facts {
+        self.0.facts()
+    }
+    fn start(&mut self, _features: u64) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::NotConnected.into())
+    }
+    fn set_pairs(&mut self, pairs: u16) -> std::io::Result<()> {
+        self.0.set_pairs(pairs)
+    }
+    fn receive(&mut self, pair: u16, room: &mut backend::Room) -> backend::Received {
+        self.0.receive(pair, room)
+    }
+    fn send(&mut self, pair: u16, packet: &backend::Packet) -> backend::Sent {
+        self.0.send(pair, packet)
+    }
+    fn sources(&self) -> Vec<(RawFd, Event)> {
+        self.0.sources()
+    }
+}
+
+#[test]
+fn starts_and_changes_that_fail_are_counted() {
+    let m = Arc::new(NetMetrics::default());
+    let thread = Arc::new(DeviceThread::start("net", || ()).unwrap());
+    let driver = |backend: Box<dyn Backend>| {
+        let mut net = Net::with_backend(&interface("eth0"), backend).unwrap();
+        net.metrics = Arc::clone(&m);
+        let mem = memory();
+        Driver::new(Box::new(Mmio::new(Box::new(net), &thread, &mem)), mem)
+    };
+    let mut unready = driver(Box::new(Unready(pipe(1).0)));
+    unready.set_up(u64::MAX, 16);
+    unready.registers.set_status(15);
+    assert_eq!(unready.registers.status(), 15 | 0x40);
+    assert_eq!(m.activate_fails.total(), 1);
+    let (backend, _far) = pipe(1);
+    let mut driver = driver(Box::new(backend));
+    driver.start_badly();
+    assert_eq!((m.activate_fails.total(), m.cfg_fails.total()), (2, 0));
+    driver.start(u64::MAX, 16);
+    // The address was the driver's to change in the days before virtio 1.0.
+    driver.registers.write_config(0, &[2; 6]);
+    assert_eq!((m.activate_fails.total(), m.cfg_fails.total()), (2, 1));
+}
+
+#[test]
+fn kicks_for_nothing_and_queues_that_break_are_counted() {
+    let (backend, far) = pipe(1);
+    let mut net = Net::with_backend(&interface("eth0"), Box::new(backend)).unwrap();
+    let m = Arc::new(NetMetrics::default());
+    net.metrics = Arc::clone(&m);
+    let mut rig = Rig::start(net, 0);
+    // Each queue is looked into once when the device starts.
+    wait("nobody looks", || m.no_tx_avail_buffer.total() == 1);
+    rig.send(1, &frame(1, 100));
+    far.wait(0);
+    assert_eq!(m.no_tx_avail_buffer.total(), 1);
+    rig.driver.registers.notify(1);
+    wait("nobody looks", || m.no_tx_avail_buffer.total() == 2);
+    // The queue breaks without a kick: the packet finds that.
+    rig.driver.queues[0].set_available_index(u16::MAX - 7);
+    assert_eq!(m.event_fails.total(), 0);
+    far.send(0, &frame(2, 100));
+    wait("the device goes on", || {
+        rig.driver.registers.status() & 0x40 != 0
+    });
+    assert_eq!(m.event_fails.total(), 1);
+}
