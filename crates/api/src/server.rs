@@ -263,6 +263,8 @@ async fn answer(
             let latency = match &request {
                 VmmRequest::Pause => Some(&METRICS.latencies_us.pause_vm),
                 VmmRequest::Resume => Some(&METRICS.latencies_us.resume_vm),
+                VmmRequest::CreateSnapshot(_) => Some(&METRICS.latencies_us.full_create_snapshot),
+                VmmRequest::LoadSnapshot(_) => Some(&METRICS.latencies_us.load_snapshot),
                 _ => None,
             };
             let (tell, told) = oneshot::channel();

@@ -128,13 +128,18 @@ impl Vmm {
                 return Err(Error::LoadAfterConfiguration);
             }
             (State::Configuring, VmmRequest::LoadSnapshot(load)) => {
+                let begun = Instant::now();
                 self.load(&load).map_err(|e| Error::Load(chain(&e)))?;
+                METRICS.latencies_us.vmm_load_snapshot.set(begun.elapsed());
             }
             (State::Paused(vm), VmmRequest::CreateSnapshot(create)) => {
                 if create.snapshot_type == SnapshotType::Diff {
                     return Err(Error::Unsupported("a diff snapshot"));
                 }
+                let begun = Instant::now();
                 vm.save(&self.config, &create.snapshot_path, &create.mem_file_path)?;
+                let took = begun.elapsed();
+                METRICS.latencies_us.vmm_full_create_snapshot.set(took);
             }
             (State::Running(_), VmmRequest::CreateSnapshot(_)) => return Err(Error::NotPaused),
             (State::Configuring, VmmRequest::Boot) => {
