@@ -86,6 +86,12 @@ pub enum Command {
     Stop(StopArgs),
     /// Say what a VM is and does
     Info(SocketArgs),
+    /// Keep a VM in files, to go on from there
+    #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, after_help = SNAPSHOT_EXAMPLES)]
+    Snapshot(SnapshotArgs),
+    /// Go on from a snapshot, with the guest's serial console on this terminal
+    #[command(after_help = SNAPSHOT_EXAMPLES)]
+    Restore(RestoreArgs),
     /// Measure how long a guest takes to boot
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -293,6 +299,54 @@ pub struct ApiArgs {
     /// JSON, or `-` for what comes from stdin
     #[arg(value_name = "BODY")]
     pub body: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    #[command(subcommand)]
+    pub command: Option<SnapshotCommand>,
+
+    /// The VM's API socket
+    #[arg(
+        long,
+        short = 's',
+        value_name = "PATH",
+        env = "HUSK_API_SOCK",
+        required = true
+    )]
+    pub api_sock: Option<PathBuf>,
+
+    /// Where it is kept, in the files `state` and `memory`; made when there is none
+    #[arg(value_name = "DIR", required = true)]
+    pub dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// Say what is kept in a state file
+    Info {
+        /// The file, or the directory that it is in
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// Where it is kept, in the files `state` and `memory`
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+
+    /// Let the guest stand still until `husk resume`
+    #[arg(long, requires = "api_sock")]
+    pub paused: bool,
+
+    /// Let the VM be steered over a Unix socket
+    #[arg(long, value_name = "PATH")]
+    pub api_sock: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub seccomp: SeccompArgs,
 }
 
 #[derive(Debug, Args)]
@@ -565,6 +619,14 @@ Examples:
 
 Exit status: 0; 2 for files that are no reports, or cannot be compared; with --max-regression 1 for slower and 4 for too
 noisy to tell.";
+
+const SNAPSHOT_EXAMPLES: &str = "\
+Examples:
+  husk snapshot -s /tmp/vm.sock kept        pauses the guest for a moment, if it runs
+  husk snapshot info kept
+  husk restore kept                         as often as you like, and at the same time
+
+Exit status of `husk snapshot`: 0, or 1 when the VM refuses or nobody answers; of `husk restore`: as of `husk run`.";
 
 const SERVE_EXAMPLES: &str = "\
 Example:

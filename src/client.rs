@@ -39,20 +39,20 @@ pub fn api(arguments: &ApiArgs) -> Result<u8, Failure> {
         return Ok(u8::from(!(200..300).contains(&status)));
     }
     let response = send(&arguments.socket.api_sock, &arguments.method, path, &body)?;
-    print(&response)
+    print_answer(&response)
 }
 
 /// Let the guest stand still, or run again.
 pub fn set_state(socket: &SocketArgs, state: &str) -> Result<u8, Failure> {
     let body = format!(r#"{{"state":"{state}"}}"#);
     let response = send(&socket.api_sock, "PATCH", "/vm", &body)?;
-    print(&response)
+    print_answer(&response)
 }
 
 /// What the VM is and does.
 pub fn info(socket: &SocketArgs) -> Result<u8, Failure> {
     let response = send(&socket.api_sock, "GET", "/", "")?;
-    print(&response)
+    print_answer(&response)
 }
 
 /// End the VM: at once, or by its power button. Returns when its process has let go of the socket.
@@ -63,19 +63,20 @@ pub fn stop(socket: &SocketArgs, power_button: bool) -> Result<u8, Failure> {
     };
     let body = format!(r#"{{"action_type":"{action}"}}"#);
     let response = send(&socket.api_sock, "PUT", "/husk/actions", &body)?;
-    let status = print(&response)?;
+    let status = print_answer(&response)?;
     while status == 0 && std::os::unix::net::UnixStream::connect(&socket.api_sock).is_ok() {
         std::thread::sleep(LOOK);
     }
     Ok(status)
 }
 
-fn send(socket: &Path, method: &str, path: &str, body: &str) -> Result<Response, Failure> {
+/// Ask the VM at `socket`.
+pub fn send(socket: &Path, method: &str, path: &str, body: &str) -> Result<Response, Failure> {
     client::request(socket, method, path, body).map_err(|e| Failure::host(husk_vmm::chain(&e)))
 }
 
 /// Success to stdout, a refusal to stderr. The exit status.
-fn print(response: &Response) -> Result<u8, Failure> {
+pub fn print_answer(response: &Response) -> Result<u8, Failure> {
     if !response.is_success() {
         let fault = response.fault().unwrap_or_else(|| response.body.clone());
         return Err(Failure::host(format!("{fault} (HTTP {})", response.status)));

@@ -15,6 +15,7 @@ mod run;
 mod serial;
 mod serve;
 mod session;
+mod snapshot;
 mod socket;
 mod timeline;
 
@@ -83,6 +84,8 @@ fn main() -> ExitCode {
         Command::Resume(socket) => client::set_state(&socket, "Resumed"),
         Command::Stop(arguments) => client::stop(&arguments.socket, arguments.power_button),
         Command::Info(socket) => client::info(&socket),
+        Command::Snapshot(arguments) => snapshot::snapshot(&arguments),
+        Command::Restore(arguments) => snapshot::restore(&arguments, start),
         Command::Bench(BenchCommand::Boot(arguments)) => bench::boot(&arguments),
         Command::Bench(BenchCommand::Report(arguments)) => bench::report(&arguments),
         Command::Doctor(arguments) => doctor(arguments.json),

@@ -56,7 +56,7 @@ pub fn run(arguments: &RunArgs, start: Instant) -> Result<u8, Failure> {
 }
 
 /// The name of a VM that was given none. As Firecracker's.
-const ANONYMOUS: &str = "anonymous-instance";
+pub const ANONYMOUS: &str = "anonymous-instance";
 
 /// What the monitor says of itself, and of a VM called `id`.
 pub fn identity(id: &str) -> Identity {

@@ -3,7 +3,7 @@
 use crate::ears::Ears;
 use crate::socket::{Api, ApiSocket, ending, refusal};
 use crate::{Failure, logging, metrics, timeline};
-use husk_config::{Answer, OnReboot, Part, VmConfig, VmmRequest};
+use husk_config::{Answer, LoadSnapshot, OnReboot, Part, VmConfig, VmmRequest};
 use husk_console::{ConsoleEvent, Input, Output, Terminal};
 use husk_loader::Cache;
 use husk_mmds::Mmds;
@@ -107,6 +107,8 @@ pub enum First {
     Boot(Box<VmConfig>),
     /// With requests, which add to this configuration.
     Serve(Box<VmConfig>),
+    /// With a VM that was kept.
+    Restore(Box<LoadSnapshot>),
 }
 
 /// How a session ended.
@@ -266,6 +268,17 @@ impl Session {
             First::Boot(config) => {
                 self.vmm.handle(VmmRequest::Configure(config))?;
                 self.boot(ears)?
+            }
+            First::Restore(load) => {
+                // Its files are strangers'.
+                self.provide_for_programs()?;
+                self.filters
+                    .install(Kind::Builder)
+                    .map_err(|e| trouble(&e))?;
+                ears.hear_signals()?;
+                let terminal = Terminal::open().map(Arc::new);
+                self.vmm.handle(VmmRequest::LoadSnapshot(load))?;
+                ears.listen(terminal)?
             }
             First::Serve(config) => {
                 self.vmm.await_requests(*config);

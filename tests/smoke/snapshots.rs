@@ -2,8 +2,8 @@
 
 use crate::api::Served;
 use crate::common::payload::payload;
-use crate::common::{temp_dir, text};
-use crate::file;
+use crate::common::{Ended, Vm, husk, temp_dir, text};
+use crate::{LIMIT, file};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -174,4 +174,75 @@ fn a_process_that_was_configured_lives_on() {
     let said = served.refused("PUT", "/snapshot/load", load(dir.path(), true));
     assert!(said.contains("not allowed after configuring"), "{said}");
     served.stop().expect_status(0);
+}
+
+#[track_caller]
+fn command(arguments: &[&str]) -> Ended {
+    Vm::start(husk().args(arguments), LIMIT).finish()
+}
+
+#[test]
+fn a_guest_is_kept_and_goes_on_from_the_command_line() {
+    let dir = temp_dir();
+    let kept = dir.path().join("kept");
+    let first = paused();
+    first.done("PATCH", "/vm", json!({ "state": "Resumed" }));
+    command(&["snapshot", "-s", text(&first.socket), text(&kept)]).expect_status(0);
+    // It ran before, so it runs on.
+    assert_eq!(first.get("/")["state"], "Running");
+    first.done("PATCH", "/vm", json!({ "state": "Paused" }));
+    command(&["snapshot", "-s", text(&first.socket), text(&kept)]).expect_status(0);
+    assert_eq!(first.get("/")["state"], "Paused");
+    let said = first.vm.stdout.bytes();
+    let told = command(&["snapshot", "info", text(&kept)]);
+    for word in ["version 1", "2 vCPUs, 64 MiB", "ticks"] {
+        assert!(told.console().contains(word), "{}", told.console());
+    }
+    drop(first);
+    // Two at a time, each with memory of its own.
+    let restore = || Vm::start(husk().args(["restore", text(&kept)]), LIMIT);
+    for mut vm in [restore(), restore()] {
+        vm.stdout_reaches(3000);
+        // The power button, of which this guest knows nothing, and the end. Two signals of one kind may become one.
+        vm.signal(rustix::process::Signal::TERM);
+        vm.signal(rustix::process::Signal::INT);
+        drop(vm.take_stdin());
+        let ended = vm.wait();
+        assert_counts(&[&said[..], &ended.stdout].concat());
+    }
+    let socket = dir.path().join("api");
+    let arguments = [
+        "restore",
+        text(&kept),
+        "--paused",
+        "--api-sock",
+        text(&socket),
+    ];
+    let mut vm = Vm::start(husk().args(arguments), LIMIT);
+    crate::api::wait_for(&socket, &vm);
+    command(&["resume", "-s", text(&socket)]).expect_status(0);
+    vm.stdout_reaches(1000);
+    command(&["stop", "-s", text(&socket)]).expect_status(0);
+    drop(vm.take_stdin());
+    vm.wait().expect_status(0);
+}
+
+#[test]
+fn what_cannot_be_kept_or_gone_on_from_is_said_in_one_line() {
+    let dir = temp_dir();
+    let nowhere = dir.path().join("nowhere");
+    for (arguments, word) in [
+        (&["restore", text(&nowhere)][..], "nowhere/state"),
+        (&["snapshot", "info", text(&nowhere)], "nowhere"),
+        (&["snapshot", "info", "/etc/passwd"], "no snapshot"),
+        (&["restore", text(&nowhere), "--paused"], "--api-sock"),
+        (&["snapshot", text(&nowhere)], "--api-sock"),
+    ] {
+        let ended = command(arguments);
+        ended.expect_status(2);
+        assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+        assert!(ended.stderr.contains(word), "{}", ended.stderr);
+    }
+    let ended = command(&["snapshot", "-s", text(&nowhere), text(dir.path())]);
+    ended.expect_status(1);
 }

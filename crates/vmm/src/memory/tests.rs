@@ -185,3 +185,31 @@ fn shared_memory_may_have_large_pages() {
     let known = matches!(error, Error::HugePages { .. } | Error::NoHugePages);
     assert!(known, "{error:?}");
 }
+
+#[test]
+fn what_is_used_is_found_and_zeroes_are_not() {
+    let memory = GuestMemory::new(4 << 30, HugePages::None).unwrap();
+    let bytes = pattern(3 * 4096 + 100);
+    memory.write(0x10_0000, &bytes).unwrap();
+    // Touched, and zero all the same.
+    memory.write(0x20_0000, &[0; 8192]).unwrap();
+    // Not touched, but a file is behind it.
+    let mapped = pattern(2 * 4096);
+    memory
+        .place_file(&file(&mapped), 0, 2 * 4096, 0x40_0000)
+        .unwrap();
+    // Above the hole, which no file has.
+    memory.write(0x1_0000_0000 + 5 * 4096, &[7]).unwrap();
+    let mut found = Vec::new();
+    let take = |offset, bytes: &[u8]| -> Result<(), Error> {
+        found.push((offset, bytes.to_vec()));
+        Ok(())
+    };
+    memory.each_used(take).unwrap();
+    let places: Vec<(u64, usize)> = found.iter().map(|(at, b)| (*at, b.len() / 4096)).collect();
+    let high = 0xc000_0000 + 5 * 4096;
+    assert_eq!(places, [(0x10_0000, 4), (0x40_0000, 2), (high, 1)]);
+    assert_eq!(found[0].1[..bytes.len()], bytes);
+    assert_eq!(found[1].1, mapped);
+    assert_eq!(memory.size(), 4 << 30);
+}

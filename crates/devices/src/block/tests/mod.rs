@@ -247,9 +247,17 @@ fn disks_of_all_kinds_survive_every_driver() {
     }
 }
 
-/// The kit makes the next device when the one before has just gone.
+/// The kit makes the next device when the one before has just gone. The image may still be locked then: a program that another
+/// test starts has all descriptors between its fork and its exec.
 fn open_again(drive: &Drive) -> Block {
-    Block::new(drive).unwrap()
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    loop {
+        match Block::new(drive) {
+            Ok(block) => return block,
+            Err(e) if std::time::Instant::now() > until => panic!("{e}"),
+            Err(_) => std::thread::sleep(std::time::Duration::from_millis(1)),
+        }
+    }
 }
 
 #[test]

@@ -1,0 +1,112 @@
+//! `husk snapshot` and `husk restore`.
+
+use crate::cli::{RestoreArgs, SnapshotArgs, SnapshotCommand};
+use crate::client::{print_answer, send};
+use crate::run::{ANONYMOUS, filters, identity};
+use crate::session::{First, OnSignal, Options, Session};
+use crate::socket::ApiSocket;
+use crate::{Failure, print};
+use husk_config::LoadSnapshot;
+use husk_loader::Cache;
+use husk_mmds::Mmds;
+use serde_json::{Value, json};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Files of a snapshot in its directory.
+const STATE: &str = "state";
+const MEMORY: &str = "memory";
+
+/// Keep a VM, or tell of one that is kept. The exit status, unless nobody could be asked.
+pub fn snapshot(arguments: &SnapshotArgs) -> Result<u8, Failure> {
+    match (&arguments.command, &arguments.api_sock, &arguments.dir) {
+        (Some(SnapshotCommand::Info { file }), ..) => info(file),
+        (None, Some(socket), Some(dir)) => keep(socket, dir),
+        (None, ..) => Err(Failure::usage("give --api-sock and a directory")),
+    }
+}
+
+/// The guest stands still meanwhile, and runs afterwards if it did before.
+fn keep(socket: &Path, dir: &Path) -> Result<u8, Failure> {
+    let fault = |e| Failure::usage(format!("{}: {e}", dir.display()));
+    if !dir.is_dir() {
+        let mut builder = std::fs::DirBuilder::new();
+        builder.mode(0o700).create(dir).map_err(fault)?;
+    }
+    // The VM's process is somewhere else.
+    let dir = std::fs::canonicalize(dir).map_err(fault)?;
+    let about = send(socket, "GET", "/", "")?;
+    let about: Value = serde_json::from_str(&about.body).unwrap_or_default();
+    let runs = about["state"] == "Running";
+    if runs {
+        let paused = send(socket, "PATCH", "/vm", r#"{"state":"Paused"}"#)?;
+        if paused.status >= 300 {
+            return print_answer(&paused);
+        }
+    }
+    let places = json!({ "snapshot_path": dir.join(STATE), "mem_file_path": dir.join(MEMORY) });
+    let kept = send(socket, "PUT", "/snapshot/create", &places.to_string());
+    if runs {
+        send(socket, "PATCH", "/vm", r#"{"state":"Resumed"}"#)?;
+    }
+    print_answer(&kept?)
+}
+
+fn info(file: &Path) -> Result<u8, Failure> {
+    let file = match file.is_dir() {
+        true => file.join(STATE),
+        false => file.to_owned(),
+    };
+    let parts = husk_snapshot::read_parts(&file);
+    let (header, body) = parts.map_err(|e| Failure::usage(husk_vmm::chain(&e)))?;
+    let state: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let machine = &state["config"]["machine-config"];
+    let number = |value: &Value| value.as_u64().unwrap_or_default();
+    let kernel = state["config"]["boot-source"]["kernel_image_path"].as_str();
+    let text = format!(
+        "a snapshot of version {}, by husk {}\n{} vCPUs, {} MiB of memory, booted from {}\n",
+        header.version,
+        header.husk,
+        number(&machine["vcpu_count"]),
+        number(&state["memory_size"]) >> 20,
+        kernel.unwrap_or("an unknown kernel"),
+    );
+    // Of a stranger's making: nothing in it moves a terminal's cursor.
+    let plain: String = text
+        .chars()
+        .filter(|&c| c == '\n' || !c.is_control())
+        .collect();
+    print(plain.as_bytes())
+}
+
+/// Go on with a VM that was kept, until it ends. The exit status, unless something failed.
+pub fn restore(arguments: &RestoreArgs, start: Instant) -> Result<u8, Failure> {
+    let load = LoadSnapshot {
+        snapshot_path: arguments.dir.join(STATE),
+        mem_backend: None,
+        mem_file_path: Some(arguments.dir.join(MEMORY)),
+        track_dirty_pages: false,
+        resume_vm: !arguments.paused,
+    };
+    let socket = |path: &PathBuf| ApiSocket {
+        path: path.clone(),
+        max_body: husk_api::MAX_BODY,
+        tidy: true,
+    };
+    let options = Options {
+        filters: filters(&arguments.seccomp)?,
+        user_networks: false,
+        mmds: Mmds::new(husk_api::MAX_BODY),
+        cache: Cache::from_environment(),
+        print_exits: false,
+        print_timeline: false,
+        timeline_file: None,
+        ends_at_mark: false,
+        start,
+        identity: identity(ANONYMOUS),
+        api: arguments.api_sock.as_ref().map(socket),
+        on_signal: OnSignal::PressPowerButton,
+    };
+    Session::go(options, First::Restore(Box::new(load)))
+}
