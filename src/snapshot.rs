@@ -58,20 +58,8 @@ fn info(file: &Path) -> Result<u8, Failure> {
         true => file.join(STATE),
         false => file.to_owned(),
     };
-    let parts = husk_snapshot::read_parts(&file);
-    let (header, body) = parts.map_err(|e| Failure::usage(husk_vmm::chain(&e)))?;
-    let state: Value = serde_json::from_slice(&body).unwrap_or_default();
-    let machine = &state["config"]["machine-config"];
-    let number = |value: &Value| value.as_u64().unwrap_or_default();
-    let kernel = state["config"]["boot-source"]["kernel_image_path"].as_str();
-    let text = format!(
-        "a snapshot of version {}, by husk {}\n{} vCPUs, {} MiB of memory, booted from {}\n",
-        header.version,
-        header.husk,
-        number(&machine["vcpu_count"]),
-        number(&state["memory_size"]) >> 20,
-        kernel.unwrap_or("an unknown kernel"),
-    );
+    let told = husk_vmm::describe_snapshot(&file);
+    let text = told.map_err(|e| Failure::usage(husk_vmm::chain(&e)))?;
     // Of a stranger's making: nothing in it moves a terminal's cursor.
     let plain: String = text
         .chars()

@@ -116,21 +116,27 @@ pub fn write_state(path: &Path, state: &impl Serialize) -> Result<(), Error> {
         source,
     };
     let body = serde_json::to_vec(state).map_err(|e| fault(e.into()))?;
-    let header = Header {
-        format: MAGIC.into(),
-        version: VERSION,
-        husk: env!("CARGO_PKG_VERSION").into(),
-        length: body.len() as u64,
-        xxh64: checksum(&body),
-    };
-    let mut line = serde_json::to_vec(&header).map_err(|e| fault(e.into()))?;
-    line.push(b'\n');
+    let line = first_line(&body).map_err(|e| fault(e.into()))?;
     let mut file = Fresh::create(path)?;
     file.file
         .write_all(&line)
         .and_then(|()| file.file.write_all(&body))
         .map_err(fault)?;
     file.finish()
+}
+
+/// The first line of a state file, for what follows it.
+pub fn first_line(body: &[u8]) -> Result<Vec<u8>, serde_json::Error> {
+    let header = Header {
+        format: MAGIC.into(),
+        version: VERSION,
+        husk: env!("CARGO_PKG_VERSION").into(),
+        length: body.len() as u64,
+        xxh64: checksum(body),
+    };
+    let mut line = serde_json::to_vec(&header)?;
+    line.push(b'\n');
+    Ok(line)
 }
 
 /// Read a state file.

@@ -80,20 +80,7 @@ pub struct Saved {
 impl Saved {
     /// Open the files of a snapshot, and see that they belong together.
     pub fn open(state: &Path, memory: &Path) -> Result<Self, Error> {
-        let mut snapshot: Snapshot = husk_snapshot::read_state(state)?;
-        let config = VmConfig::from_saved(snapshot.config.take());
-        let config = config.map_err(|source| husk_snapshot::Error::Content {
-            path: state.into(),
-            source,
-        })?;
-        check(&config)?;
-        config.validate_parts()?;
-        let cpus = config.machine_config.vcpu_count as usize;
-        if snapshot.vcpus.len() != cpus {
-            return Err(Error::State(
-                "the snapshot's vCPUs are not those of its configuration",
-            ));
-        }
+        let (snapshot, config) = read(state)?;
         let memory = husk_snapshot::open_memory(memory, snapshot.memory_size)?;
         Ok(Self {
             snapshot,
@@ -118,6 +105,39 @@ impl Saved {
     }
 }
 
+/// The state and the configuration, as far as they can be checked without a VM.
+fn read(path: &Path) -> Result<(Snapshot, VmConfig), Error> {
+    let mut snapshot: Snapshot = husk_snapshot::read_state(path)?;
+    let config = VmConfig::from_saved(snapshot.config.take());
+    let config = config.map_err(|source| husk_snapshot::Error::Content {
+        path: path.into(),
+        source,
+    })?;
+    check(&config)?;
+    config.validate_parts()?;
+    let cpus = config.machine_config.vcpu_count as usize;
+    if snapshot.vcpus.len() != cpus {
+        return Err(Error::State(
+            "the snapshot's vCPUs are not those of its configuration",
+        ));
+    }
+    Ok((snapshot, config))
+}
+
+/// What is in a state file, in words.
+pub fn describe_snapshot(path: &Path) -> Result<String, Error> {
+    let (header, _) = husk_snapshot::read_parts(path)?;
+    let (snapshot, config) = read(path)?;
+    Ok(format!(
+        "a snapshot of version {}, by husk {}\n{} vCPUs, {} MiB of memory, booted from {}\n",
+        header.version,
+        header.husk,
+        snapshot.vcpus.len(),
+        snapshot.memory_size >> 20,
+        config.boot_source.kernel_image_path.display(),
+    ))
+}
+
 /// What cannot be kept yet is said before anything is written.
 pub fn check(config: &VmConfig) -> Result<(), Error> {
     let devices = [
@@ -139,4 +159,55 @@ pub fn write_memory(memory: &GuestMemory, path: &Path) -> Result<(), Error> {
     let file = MemoryFile::create(path, memory.size())?;
     memory.each_used(|offset, bytes| file.write(offset, bytes).map_err(Error::from))?;
     Ok(file.finish()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resource(name: &str) -> std::path::PathBuf {
+        let resources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../resources/snapshots");
+        resources.join(name)
+    }
+
+    /// Of each version that there was, one that was made then. It must be read for ever.
+    #[test]
+    fn snapshots_of_all_versions_are_understood() {
+        let said = describe_snapshot(&resource("version-1.state")).unwrap();
+        assert_eq!(
+            said,
+            "a snapshot of version 1, by husk 0.1.0\n1 vCPUs, 128 MiB of memory, booted from vmlinux\n"
+        );
+    }
+
+    #[test]
+    fn a_state_that_contradicts_itself_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        let (_, body) = husk_snapshot::read_parts(&resource("version-1.state")).unwrap();
+        let refused = |change: fn(&mut serde_json::Value)| {
+            let mut state: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            change(&mut state);
+            husk_snapshot::write_state(&path, &state).unwrap();
+            crate::error::chain(&describe_snapshot(&path).unwrap_err())
+        };
+        type Case = (fn(&mut serde_json::Value), &'static str);
+        let cases: [Case; 5] = [
+            (|s| s["vcpus"] = serde_json::json!([]), "vCPUs"),
+            (|s| s["vcpus"][0]["regs"] = "0".into(), "hexadecimal"),
+            (
+                |s| s["config"]["machine-config"]["vcpu_count"] = 1000.into(),
+                "1000",
+            ),
+            (|s| s["config"]["pci"] = true.into(), "PCI"),
+            (
+                |s| drop(s.as_object_mut().unwrap().remove("vm")),
+                "missing field `vm`",
+            ),
+        ];
+        for (change, word) in cases {
+            let said = refused(change);
+            assert!(said.contains(word), "{word}: {said}");
+        }
+    }
 }
