@@ -5,6 +5,7 @@ use crate::host::{self, TempDir, shell_quote};
 use crate::testbed::Testbed;
 use anyhow::{Context, Result, bail};
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -48,7 +49,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for word in &options {
         script += &format!(" {}", shell_quote(word));
     }
-    let status = on_testbed(&script, &out, LIMIT)?;
+    let status = on_testbed(&script, &out, LIMIT, |text| {
+        let _ = std::io::stdout().lock().write_all(text);
+    })?;
     for (name, place) in reports {
         let made = out.join(name);
         // Where nothing was measured there is none, and what was there stays.
@@ -59,8 +62,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::from(status))
 }
 
-/// Runs a script for `sh` on the emulated host, which sees the folder `out` as /out; the exit status.
-pub fn on_testbed(script: &str, out: &Path, limit: Duration) -> Result<u8> {
+/// Runs a script for `sh` on the emulated host, which sees the folder `out` as /out; the exit status. `output` is called with what it
+/// writes.
+pub fn on_testbed(
+    script: &str,
+    out: &Path,
+    limit: Duration,
+    output: impl FnMut(&[u8]),
+) -> Result<u8> {
     let testbed = Testbed {
         cpus: 1,
         icount: true,
@@ -69,10 +78,7 @@ pub fn on_testbed(script: &str, out: &Path, limit: Duration) -> Result<u8> {
         ..Testbed::default()
     };
     let command = ["sh".to_owned(), "-c".to_owned(), script.to_owned()];
-    let finish = testbed.run(&command, &[], |text| {
-        use std::io::Write;
-        let _ = std::io::stdout().lock().write_all(text);
-    })?;
+    let finish = testbed.run(&command, &[], output)?;
     Ok(finish.exit_status())
 }
 

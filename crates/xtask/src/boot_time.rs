@@ -6,6 +6,7 @@ use crate::cargo;
 use crate::demo;
 use crate::host::{self, TempDir, shell_quote};
 use crate::kernel;
+use crate::testbed::Testbed;
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -75,7 +76,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// The guests that are guarded, and whether each is as quick as it was.
 pub fn guard() -> Result<Vec<(&'static str, bool)>> {
     measure(&Args {
-        runs: 4,
+        runs: 3,
         only: None,
         profile: true,
         planted: true,
@@ -95,40 +96,67 @@ fn measure(args: &Args) -> Result<Vec<(&'static str, bool)>> {
     };
     fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
     let baselines = host::workspace_root()?.join(BASELINES);
-    let mut outcome = Vec::new();
     let all = [minimal()?, debian(temp.path())?];
     let is_chosen = |guest: &&Guest| args.only.as_deref().is_none_or(|name| name == guest.name);
     let guests: Vec<&Guest> = all.iter().filter(is_chosen).collect();
     if guests.is_empty() {
         bail!("--only takes `minimal` or `debian`");
     }
-    for guest in guests {
-        let name = guest.name;
-        println!("==> {name}: boots on the testbed, instructions counted");
-        let baseline = baselines.join(format!("{name}.json"));
-        let known = !args.update && baseline.is_file();
-        let script = script(args, guest, &husk, known.then_some(&baseline));
-        let status = bench_boot::on_testbed(&script, &out, Duration::from_secs(900))?;
-        if args.update && status == 0 {
-            fs::create_dir_all(&baselines)
-                .and_then(|()| fs::copy(out.join(format!("{name}.json")), &baseline))
-                .with_context(|| format!("cannot write {}", baseline.display()))?;
-            println!("==> {name}: the new baseline is {BASELINES}/{name}.json");
-        } else if !known && !args.update {
-            bail!("there is no {}: make it with --update", baseline.display());
-        }
-        if status == 1 {
-            println!(
-                "==> {name}: slower than {BASELINES}/{name}.json by more than {MAX_REGRESSION}; where that is meant: cargo xtask boot-time --update"
-            );
-        }
-        if status == UNCAUGHT {
-            let (parameter, initcall) = guest.planted;
-            println!("==> {name}: {parameter} makes {initcall} slower, and that was not told");
-        }
-        outcome.push((name, status == 0));
+    Testbed::prepare()?;
+    // Side by side: counted instructions do not mind.
+    let runs: Vec<_> = std::thread::scope(|scope| {
+        let start = |guest| {
+            let (husk, out, baselines) = (&husk, &out, &baselines);
+            scope.spawn(move || measure_guest(args, guest, husk, out, baselines))
+        };
+        let threads: Vec<_> = guests.into_iter().map(start).collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+            thread
+                .join()
+                .unwrap_or_else(|_| bail!("a measurement panicked"))
+        };
+        threads.into_iter().map(join).collect()
+    });
+    runs.into_iter().collect()
+}
+
+/// A guest, and whether it is as quick as it was. What there is to say is said when it is known.
+fn measure_guest(
+    args: &Args,
+    guest: &Guest,
+    husk: &Path,
+    out: &Path,
+    baselines: &Path,
+) -> Result<(&'static str, bool)> {
+    let name = guest.name;
+    let baseline = baselines.join(format!("{name}.json"));
+    let known = !args.update && baseline.is_file();
+    if !known && !args.update {
+        bail!("there is no {}: make it with --update", baseline.display());
     }
-    Ok(outcome)
+    let script = script(args, guest, husk, known.then_some(&baseline));
+    println!("==> {name}: boots on the testbed, instructions counted");
+    let mut said = Vec::new();
+    let status = bench_boot::on_testbed(&script, out, Duration::from_secs(900), |text| {
+        said.extend_from_slice(text);
+    })?;
+    print!("==> {name}:\n{}", String::from_utf8_lossy(&said));
+    if args.update && status == 0 {
+        fs::create_dir_all(baselines)
+            .and_then(|()| fs::copy(out.join(format!("{name}.json")), &baseline))
+            .with_context(|| format!("cannot write {}", baseline.display()))?;
+        println!("==> {name}: the new baseline is {BASELINES}/{name}.json");
+    }
+    if status == 1 {
+        println!(
+            "==> {name}: slower than {BASELINES}/{name}.json by more than {MAX_REGRESSION}; where that is meant: cargo xtask boot-time --update"
+        );
+    }
+    if status == UNCAUGHT {
+        let (parameter, initcall) = guest.planted;
+        println!("==> {name}: {parameter} makes {initcall} slower, and that was not told");
+    }
+    Ok((name, status == 0))
 }
 
 /// What the emulated host runs.
