@@ -26,6 +26,7 @@ $b mount -o bind /sys $r/sys
 $b mount -t cgroup2 none $r/sys/fs/cgroup
 $b mount -t tmpfs run $r/run
 $b cp /control/cmd /control/stdin $r/run/
+: >/control/up
 $b ip link set lo up
 echo 1 >/proc/sys/kernel/printk
 # Moved over the root, the overlay is no mere chroot, in which the kernel forbids user name spaces. This shell still has the

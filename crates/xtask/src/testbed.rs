@@ -19,6 +19,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// The exit status when the time was up, as that of timeout(1).
 const TIMED_OUT: u8 = 124;
+/// How long the emulated host may take to come up, and how often one that does not is replaced: now and then one hangs before its
+/// kernel says a word, with its processor busy.
+const COME_UP: Duration = Duration::from_secs(120);
+const REPLACEMENTS: usize = 2;
 /// How often the emulated host is asked for a sign of life, and how long it may fail to give one: nothing that a command there
 /// does may keep its init from running.
 const BEAT: Duration = Duration::from_millis(500);
@@ -215,7 +219,20 @@ impl Testbed {
         };
         fs::write(control.join(name), content)
             .with_context(|| format!("cannot write in {}", control.display()))?;
-        let ended = self.boot(&machine, &control, &out, filter, output)?;
+        let mut output = output;
+        let mut replacements = 0;
+        let ended = loop {
+            match self.boot(&machine, &control, &out, filter.clone(), &mut output)? {
+                End::NeverUp if replacements < REPLACEMENTS => {
+                    replacements += 1;
+                    eprintln!(
+                        "xtask: the emulated host did not come up within {} s; another one is started",
+                        COME_UP.as_secs()
+                    );
+                }
+                ended => break ended,
+            }
+        };
         let told = fs::read_to_string(control.join("rc")).ok();
         let last_words = || {
             let log = fs::read(control.join("kernel.log")).unwrap_or_default();
@@ -226,6 +243,13 @@ impl Testbed {
             (End::TimeUp, _) => {
                 eprintln!("xtask: the testbed was stopped: its time was up");
                 Ok(Finish::TimeUp)
+            }
+            (End::NeverUp, _) => {
+                eprintln!(
+                    "xtask: the emulated host did not come up; its kernel's last words:\n{}",
+                    last_words()
+                );
+                Ok(Finish::HostDied)
             }
             (End::Silent, _) => {
                 eprintln!(
@@ -290,7 +314,8 @@ impl Testbed {
         let saved = if self.tty { terminal_settings() } else { None };
         let mut child = qemu.spawn().context("cannot start QEMU")?;
         let pulse = Pulse::new(self.has_pulse().then(|| control.join(PULSE)));
-        let result = self.follow(&mut child, pulse, filter, output);
+        let up = control.join("up");
+        let result = self.follow(&mut child, &up, pulse, filter, output);
         // The command has ended and its folder is unmounted: there is nothing to shut down.
         let _ = child.kill();
         let _ = child.wait();
@@ -304,11 +329,13 @@ impl Testbed {
     fn follow(
         &self,
         child: &mut Child,
+        up: &Path,
         mut pulse: Pulse,
         mut filter: EndFilter,
         mut output: impl FnMut(&[u8]),
     ) -> Result<End> {
         let end = self.limit.map(|limit| Instant::now() + limit);
+        let mut up_by = Some(Instant::now() + COME_UP);
         let (sender, receiver) = std::sync::mpsc::sync_channel(16);
         if let Some(mut stdout) = child.stdout.take() {
             std::thread::spawn(move || {
@@ -341,6 +368,13 @@ impl Testbed {
             }
             if end.is_some_and(|end| Instant::now() >= end) {
                 return Ok(End::TimeUp);
+            }
+            if let Some(by) = up_by {
+                if up.exists() {
+                    up_by = None;
+                } else if Instant::now() >= by {
+                    return Ok(End::NeverUp);
+                }
             }
             if pulse.is_gone(SILENCE) {
                 return Ok(End::Silent);
@@ -431,6 +465,8 @@ enum End {
     TimeUp,
     /// No sign of life.
     Silent,
+    /// It did not come up.
+    NeverUp,
 }
 
 /// The emulated host's sign of life: it sends back what it is sent.
@@ -490,6 +526,7 @@ const PULSE: &str = "pulse";
 ///
 /// The emulated host writes them after the command's last byte, so all of the output has come when
 /// they do.
+#[derive(Clone)]
 struct EndFilter {
     mark: Vec<u8>,
     /// What may be the beginning of the mark.
