@@ -76,7 +76,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// The guests that are guarded, and whether each is as quick as it was.
 pub fn guard() -> Result<Vec<(&'static str, bool)>> {
     measure(&Args {
-        runs: 3,
+        runs: 4,
         only: None,
         profile: true,
         planted: true,
