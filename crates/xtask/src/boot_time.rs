@@ -59,7 +59,7 @@ struct Guest {
     /// Options for `husk bench boot`, but for files and kernel parameters.
     options: String,
     /// A kernel parameter that makes it slower, and the initcall in which it does. It must be caught.
-    planted: (&'static str, &'static str),
+    planted: Option<(&'static str, &'static str)>,
     /// Files, with the options that name them. They are copied into the emulated host's memory.
     files: Vec<(&'static str, PathBuf, &'static str)>,
 }
@@ -152,8 +152,7 @@ fn measure_guest(
             "==> {name}: slower than {BASELINES}/{name}.json by more than {MAX_REGRESSION}; where that is meant: cargo xtask boot-time --update"
         );
     }
-    if status == UNCAUGHT {
-        let (parameter, initcall) = guest.planted;
+    if let Some((parameter, initcall)) = guest.planted.filter(|_| status == UNCAUGHT) {
         println!("==> {name}: {parameter} makes {initcall} slower, and that was not told");
     }
     Ok((name, status == 0))
@@ -189,8 +188,7 @@ fn script(args: &Args, guest: &Guest, husk: &Path, baseline: Option<&PathBuf>) -
         script += &format!(" {}", shell_quote(word));
     }
     script += "\nstatus=$?\n";
-    if args.planted {
-        let (parameter, initcall) = guest.planted;
+    if let Some((parameter, initcall)) = guest.planted.filter(|_| args.planted) {
         script += &format!(
             "{} --runs 2 --warm-ups 0 --profile --quiet --baseline /out/{name}.json >told 2>&1\n\
              if [ $? = 1 ] && sed -n '/initcalls that moved/,$p' told | grep -w {initcall}; then\n\
@@ -207,8 +205,9 @@ fn minimal() -> Result<Guest> {
     Ok(Guest {
         name: "minimal",
         options: "--memory 128M".into(),
-        // It sleeps until there is a network device, for 12 s.
-        planted: ("ip=dhcp", "ip_auto_config"),
+        // ip=dhcp has it sleep for 12 s in ip_auto_config, but now and then the emulated host loses a timer's interrupt in so
+        // long a sleep, and stands still.
+        planted: None,
         files: vec![("--kernel", kernel::ensure()?, "")],
     })
 }
@@ -230,7 +229,7 @@ fn debian(temp: &Path) -> Result<Guest> {
         name: "debian",
         options: format!("--memory 256M --mark '{MOUNTED}'"),
         // It tries the cryptography that is built in.
-        planted: ("cryptomgr.notests=0", "crypto_algapi_init"),
+        planted: Some(("cryptomgr.notests=0", "crypto_algapi_init")),
         files: vec![
             ("--kernel", demo.vmlinuz, ""),
             ("--initrd", initrd, ""),
