@@ -5,7 +5,6 @@ use crate::socket::ApiSocket;
 use crate::{Failure, logging, metrics};
 use clap::{ArgAction, Parser};
 use husk_config::{LogLevel, Logger, VmConfig};
-use husk_loader::Cache;
 use husk_mmds::Mmds;
 use husk_sandbox::Filters;
 use husk_vmm::Identity;
@@ -186,25 +185,18 @@ fn run(flags: Flags, start: Instant) -> Result<u8, Failure> {
         // Its clients remove it.
         tidy: false,
     });
+    let identity = Identity {
+        id: flags.id,
+        name: "Firecracker",
+        version: husk_api::FIRECRACKER_VERSION,
+        api_version: husk_api::FIRECRACKER_VERSION,
+    };
     let options = Options {
-        filters,
-        // Its clients know none.
-        user_networks: false,
         mmds,
-        cache: Cache::from_environment(),
-        print_exits: false,
-        print_timeline: false,
-        timeline_file: None,
-        ends_at_mark: false,
-        start,
-        identity: Identity {
-            id: flags.id,
-            name: "Firecracker",
-            version: husk_api::FIRECRACKER_VERSION,
-            api_version: husk_api::FIRECRACKER_VERSION,
-        },
         api,
         on_signal: OnSignal::AsFirecracker,
+        // Its clients know no user networks.
+        ..Options::new(start, filters, identity)
     };
     let from_file = matches!(first, First::Boot(_));
     match Session::go(options, first) {

@@ -3,10 +3,9 @@
 use crate::Failure;
 use crate::cli::ServeArgs;
 use crate::run::{filters, identity};
-use crate::session::{First, OnSignal, Options, Session};
+use crate::session::{First, Options, Session};
 use crate::socket::ApiSocket;
 use husk_config::VmConfig;
-use husk_loader::Cache;
 use husk_mmds::Mmds;
 use std::time::Instant;
 
@@ -22,23 +21,16 @@ pub fn serve(arguments: &ServeArgs, start: Instant) -> Result<u8, Failure> {
         ..VmConfig::default()
     };
     config.machine_config.mem_size_mib = MEMORY_MIB;
+    let filters = filters(&arguments.seccomp)?;
     let options = Options {
-        filters: filters(&arguments.seccomp)?,
         user_networks: arguments.user_networks,
         mmds: Mmds::new(arguments.mmds_size_limit.unwrap_or(arguments.max_payload)),
-        cache: Cache::from_environment(),
-        print_exits: false,
-        print_timeline: false,
-        timeline_file: None,
-        ends_at_mark: false,
-        start,
-        identity: identity(&arguments.id),
         api: Some(ApiSocket {
             path: arguments.api_sock.clone(),
             max_body: arguments.max_payload,
             tidy: true,
         }),
-        on_signal: OnSignal::PressPowerButton,
+        ..Options::new(start, filters, identity(&arguments.id))
     };
     Session::go(options, First::Serve(Box::new(config)))
 }

@@ -79,6 +79,26 @@ pub struct Options {
     pub on_signal: OnSignal,
 }
 
+impl Options {
+    /// What most sessions are started with: no user networks, no metadata, nothing printed at the end, no API.
+    pub fn new(start: Instant, filters: Filters, identity: Identity) -> Self {
+        Self {
+            filters,
+            user_networks: false,
+            mmds: Mmds::new(husk_api::MAX_BODY),
+            cache: Cache::from_environment(),
+            print_exits: false,
+            print_timeline: false,
+            timeline_file: None,
+            ends_at_mark: false,
+            start,
+            identity,
+            api: None,
+            on_signal: OnSignal::PressPowerButton,
+        }
+    }
+}
+
 /// What the first signal that asks for an end does.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum OnSignal {

@@ -3,12 +3,10 @@
 use crate::cli::{RestoreArgs, SnapshotArgs, SnapshotCommand};
 use crate::client::{print_answer, send};
 use crate::run::{ANONYMOUS, filters, identity};
-use crate::session::{First, OnSignal, Options, Session};
+use crate::session::{First, Options, Session};
 use crate::socket::ApiSocket;
 use crate::{Failure, print};
 use husk_config::LoadSnapshot;
-use husk_loader::Cache;
-use husk_mmds::Mmds;
 use serde_json::{Value, json};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -82,19 +80,10 @@ pub fn restore(arguments: &RestoreArgs, start: Instant) -> Result<u8, Failure> {
         max_body: husk_api::MAX_BODY,
         tidy: true,
     };
+    let filters = filters(&arguments.seccomp)?;
     let options = Options {
-        filters: filters(&arguments.seccomp)?,
-        user_networks: false,
-        mmds: Mmds::new(husk_api::MAX_BODY),
-        cache: Cache::from_environment(),
-        print_exits: false,
-        print_timeline: false,
-        timeline_file: None,
-        ends_at_mark: false,
-        start,
-        identity: identity(ANONYMOUS),
         api: arguments.api_sock.as_ref().map(socket),
-        on_signal: OnSignal::PressPowerButton,
+        ..Options::new(start, filters, identity(ANONYMOUS))
     };
     Session::go(options, First::Restore(Box::new(load)))
 }

@@ -4,13 +4,13 @@
 //! told is zero.
 
 use crate::blob::Blob;
-use crate::vcpu::libc_error;
+use crate::vcpu::{libc_error, msr_entries};
 use crate::{Error, Vcpu, Vm};
 use kvm_bindings::{
     CpuId, KVM_CLOCK_TSC_STABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave,
 };
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::errno;
@@ -136,13 +136,7 @@ impl Vcpu {
         let mut rest = indices;
         while !rest.is_empty() {
             let some = &rest[..rest.len().min(MSRS_AT_ONCE)];
-            let entries: Vec<kvm_msr_entry> = some
-                .iter()
-                .map(|&index| kvm_msr_entry {
-                    index,
-                    ..Default::default()
-                })
-                .collect();
+            let entries = msr_entries(some.iter().map(|&index| (index, 0)));
             let mut msrs = Msrs::from_entries(&entries)
                 .map_err(|_| Error::Ioctl("KVM_GET_MSRS", libc_error(libc::E2BIG)))?;
             let done = self
@@ -161,14 +155,7 @@ impl Vcpu {
 
     fn restore_msrs(&self, values: &[(u32, u64)]) -> Result<(), Error> {
         for some in values.chunks(MSRS_AT_ONCE) {
-            let entries: Vec<kvm_msr_entry> = some
-                .iter()
-                .map(|&(index, data)| kvm_msr_entry {
-                    index,
-                    data,
-                    ..Default::default()
-                })
-                .collect();
+            let entries = msr_entries(some.iter().copied());
             let msrs = Msrs::from_entries(&entries)
                 .map_err(|_| Error::Ioctl("KVM_SET_MSRS", libc_error(libc::E2BIG)))?;
             let done = self.fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;

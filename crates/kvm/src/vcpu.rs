@@ -89,14 +89,7 @@ impl Vcpu {
 
     /// Set MSRs, one after the other; one that this host does not have is left out.
     pub fn set_msrs(&self, entries: &[(u32, u64)]) -> Result<(), Error> {
-        let mut rest: Vec<kvm_msr_entry> = entries
-            .iter()
-            .map(|&(index, data)| kvm_msr_entry {
-                index,
-                data,
-                ..Default::default()
-            })
-            .collect();
+        let mut rest = msr_entries(entries.iter().copied());
         while !rest.is_empty() {
             let msrs = Msrs::from_entries(&rest)
                 .map_err(|_| Error::Ioctl("KVM_SET_MSRS", libc_error(libc::E2BIG)))?;
@@ -212,13 +205,18 @@ impl Vcpu {
     }
 }
 
-fn one_msr(index: u32, data: u64, call: &'static str) -> Result<Msrs, Error> {
-    let entry = kvm_msr_entry {
+pub(crate) fn msr_entries(values: impl Iterator<Item = (u32, u64)>) -> Vec<kvm_msr_entry> {
+    let entry = |(index, data)| kvm_msr_entry {
         index,
         data,
         ..Default::default()
     };
-    Msrs::from_entries(&[entry]).map_err(|_| Error::Ioctl(call, libc_error(libc::E2BIG)))
+    values.map(entry).collect()
+}
+
+fn one_msr(index: u32, data: u64, call: &'static str) -> Result<Msrs, Error> {
+    let entries = msr_entries(std::iter::once((index, data)));
+    Msrs::from_entries(&entries).map_err(|_| Error::Ioctl(call, libc_error(libc::E2BIG)))
 }
 
 pub(crate) fn libc_error(code: i32) -> vmm_sys_util::errno::Error {

@@ -12,7 +12,7 @@
 //! bounded and checked before it is believed.
 #![forbid(unsafe_code)]
 
-use rustix::fs::{SeekFrom, fdatasync, ftruncate, seek};
+use rustix::fs::{fdatasync, ftruncate};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -309,24 +309,6 @@ impl Drop for Fresh {
             let _ = fs::remove_file(&self.beside);
         }
     }
-}
-
-/// The parts of `size` bytes of a file that are not holes: offset and length.
-pub fn data_extents(file: &File, size: u64) -> Vec<(u64, u64)> {
-    let mut extents = Vec::new();
-    let mut at = 0;
-    while at < size {
-        let Ok(start) = seek(file, SeekFrom::Data(at)) else {
-            break;
-        };
-        let end = seek(file, SeekFrom::Hole(start)).unwrap_or(size).min(size);
-        if start >= end {
-            break;
-        }
-        extents.push((start, end - start));
-        at = end;
-    }
-    extents
 }
 
 #[cfg(test)]
