@@ -89,6 +89,9 @@ pub enum Command {
     /// Keep a VM in files, to go on from there
     #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, after_help = SNAPSHOT_EXAMPLES)]
     Snapshot(SnapshotArgs),
+    /// Start clones of a VM that runs, which share its memory until they write to it
+    #[command(after_help = FORK_EXAMPLES)]
+    Fork(ForkArgs),
     /// Go on from a snapshot, with the guest's serial console on this terminal
     #[command(after_help = SNAPSHOT_EXAMPLES)]
     Restore(RestoreArgs),
@@ -329,6 +332,40 @@ pub enum SnapshotCommand {
         #[arg(value_name = "FILE")]
         file: PathBuf,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct ForkArgs {
+    #[command(flatten)]
+    pub socket: SocketArgs,
+
+    /// How many: 0 to 10000
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 1)]
+    pub count: u32,
+
+    /// Their names [default: the VM's, with their number]
+    #[arg(long, value_name = "NAME-{n}")]
+    pub id: Option<String>,
+
+    /// Files or named pipes for their consoles, appended to [default: dropped]
+    #[arg(long, value_name = "PATH-{n}")]
+    pub console: Option<PathBuf>,
+
+    /// Sockets on which they are steered [default: none]
+    #[arg(long, value_name = "PATH-{n}")]
+    pub clone_sock: Option<PathBuf>,
+
+    /// Let them stand still until `husk resume`
+    #[arg(long, requires = "clone_sock")]
+    pub paused: bool,
+
+    /// Keep what they go on from, for further clones; it is named in what is printed
+    #[arg(long)]
+    pub keep_template: bool,
+
+    /// Go on from this, which was kept, and not from where the VM is now
+    #[arg(long, value_name = "NAME")]
+    pub template: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -627,6 +664,17 @@ Examples:
   husk restore kept                         as often as you like, and at the same time
 
 Exit status of `husk snapshot`: 0, or 1 when the VM refuses or nobody answers; of `husk restore`: as of `husk run`.";
+
+const FORK_EXAMPLES: &str = "\
+Examples:
+  husk fork -s /tmp/vm.sock -n 100 --console /tmp/clone-{n}.log
+  husk fork -s /tmp/vm.sock --clone-sock /tmp/clone-{n}.sock --paused
+  husk fork -s /tmp/vm.sock -n 0 --keep-template          freeze it once …
+  husk fork -s /tmp/vm.sock --template 1 -n 10            … and start clones of that later
+
+{n} stands for the number of each clone. A clone is a process of its own: it ends by itself, by `husk stop`, or by SIGTERM.
+
+Exit status: 0; 1 when the VM refuses, a clone could not be started, or nobody answers.";
 
 const SERVE_EXAMPLES: &str = "\
 Example:

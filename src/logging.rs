@@ -8,17 +8,18 @@ use husk_console::Terminal;
 use husk_metrics::METRICS;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::Write;
+use std::io::{StderrLock, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::{OnceLock, PoisonError, RwLock};
+use std::sync::{OnceLock, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::SystemTime;
 
 /// What messages of a VM without a name say.
 const ANONYMOUS: &str = "anonymous-instance";
 
 static LOGGER: Logger = Logger(RwLock::new(State::new()));
-static INSTANCE: OnceLock<String> = OnceLock::new();
+static INSTANCE: OnceLock<RwLock<String>> = OnceLock::new();
 
 struct Logger(RwLock<State>);
 
@@ -64,7 +65,35 @@ pub fn start(level: Option<log::LevelFilter>, path: Option<&Path>) -> Result<(),
 /// Messages say this instead of `anonymous-instance`. Once.
 pub fn set_instance(id: &str) {
     // A second name is not heard.
-    let _ = INSTANCE.set(id.to_owned());
+    let _ = INSTANCE.set(RwLock::new(id.to_owned()));
+}
+
+/// This process was forked, and is another VM's from now on.
+pub fn rename_instance(id: &str) {
+    if let Some(instance) = INSTANCE.get() {
+        id.clone_into(&mut instance.write().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// The log file's descriptor.
+pub fn descriptor() -> Option<RawFd> {
+    let state = LOGGER.0.read().unwrap_or_else(PoisonError::into_inner);
+    state.file.as_ref().map(AsRawFd::as_raw_fd)
+}
+
+/// While this is there, no other thread is in the middle of a message. A process that is forked meanwhile can log when it has dropped
+/// its own.
+pub struct Held {
+    _state: RwLockWriteGuard<'static, State>,
+    _stderr: StderrLock<'static>,
+}
+
+/// Wait until no other thread is in the middle of a message, and keep them out.
+pub fn hold() -> Held {
+    Held {
+        _state: LOGGER.0.write().unwrap_or_else(PoisonError::into_inner),
+        _stderr: std::io::stderr().lock(),
+    }
 }
 
 /// Change logging, to Firecracker's format; what `settings` do not say stays as it is. An error is one line for the user, and
@@ -189,7 +218,10 @@ fn long_line(record: &log::Record) -> String {
 /// `2024-01-31T12:00:00.000000000 [instance:thread:LEVEL:file.rs:7] message`, in UTC.
 fn firecracker_line(format: Format, record: &log::Record, now: SystemTime) -> String {
     let now = humantime::format_rfc3339_nanos(now).to_string();
-    let instance = INSTANCE.get().map_or(ANONYMOUS, String::as_str);
+    let instance = INSTANCE
+        .get()
+        .map(|own| own.read().unwrap_or_else(PoisonError::into_inner));
+    let instance = instance.as_ref().map_or(ANONYMOUS, |own| own.as_str());
     let thread = std::thread::current();
     let thread = thread.name().unwrap_or("-");
     let mut line = format!("{} [{instance}:{thread}", now.trim_end_matches('Z'));

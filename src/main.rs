@@ -7,6 +7,7 @@ mod client;
 mod devices;
 mod ears;
 mod firecracker;
+mod fork;
 mod guest;
 mod logging;
 mod metadata;
@@ -85,6 +86,7 @@ fn main() -> ExitCode {
         Command::Stop(arguments) => client::stop(&arguments.socket, arguments.power_button),
         Command::Info(socket) => client::info(&socket),
         Command::Snapshot(arguments) => snapshot::snapshot(&arguments),
+        Command::Fork(arguments) => snapshot::fork(&arguments),
         Command::Restore(arguments) => snapshot::restore(&arguments, start),
         Command::Bench(BenchCommand::Boot(arguments)) => bench::boot(&arguments),
         Command::Bench(BenchCommand::Report(arguments)) => bench::report(&arguments),

@@ -11,6 +11,11 @@ pub fn configure(settings: &Settings) -> Result<(), Failure> {
     husk_metrics::configure(&settings.metrics_path).map_err(failed)
 }
 
+/// This process was forked: what it counts is not the other's, and goes nowhere.
+pub fn forget() {
+    husk_metrics::forget();
+}
+
 /// Write a line, if a file was configured: the VM's last.
 pub fn flush() {
     said(husk_metrics::flush());

@@ -1,6 +1,7 @@
 //! The main thread while there is a VM, or is to be one: requests, signals, keys, and the VM's end.
 
 use crate::ears::Ears;
+use crate::fork::Templates;
 use crate::socket::{Api, ApiSocket, ending, refusal};
 use crate::{Failure, logging, metrics, timeline};
 use husk_config::{Answer, LoadSnapshot, OnReboot, Part, VmConfig, VmmRequest};
@@ -8,7 +9,7 @@ use husk_console::{ConsoleEvent, Input, Output, Terminal};
 use husk_loader::Cache;
 use husk_mmds::Mmds;
 use husk_sandbox::{Filters, Kind};
-use husk_vmm::{Console, Counting, Host, Identity, Outcome, Timeline, Vmm};
+use husk_vmm::{Console, Counting, Host, Identity, Outcome, Template, Timeline, Vmm};
 use signal_hook::consts::signal::{
     SIGBUS, SIGHUP, SIGILL, SIGINT, SIGQUIT, SIGSEGV, SIGTERM, SIGXCPU, SIGXFSZ,
 };
@@ -162,6 +163,8 @@ pub struct Session {
     watch: husk_vmm::Watch,
     /// Somebody may plug devices into the VM.
     has_api: bool,
+    identity: Identity,
+    templates: Templates,
 }
 
 impl Session {
@@ -215,6 +218,29 @@ impl Session {
         Ok(end.status)
     }
 
+    /// The whole life of a clone, in a process that was forked for it: what is the process's is set up already. `ready` is called when
+    /// its guest runs, or is paused. The exit status.
+    pub fn be_clone(
+        options: Options,
+        template: Template,
+        resume: bool,
+        ready: impl FnOnce(),
+    ) -> Result<u8, Failure> {
+        let timeline = Arc::new(Timeline::new(options.start));
+        let (mut session, _ears, api) = Self::new(options, &timeline)?;
+        session.vmm.be_clone(template, resume)?;
+        ready();
+        let result = session.until_over();
+        if let Some(api) = api {
+            session.close(api, &result);
+        }
+        let end = result?;
+        if let Some(message) = end.message {
+            log::error!("{message}");
+        }
+        Ok(end.status)
+    }
+
     fn new(
         options: Options,
         timeline: &Arc<Timeline>,
@@ -236,7 +262,7 @@ impl Session {
         };
         let wake = sender.clone();
         let host = Host {
-            identity: options.identity,
+            identity: options.identity.clone(),
             console: Console {
                 output: output.clone(),
                 wire: input.wire(),
@@ -263,6 +289,8 @@ impl Session {
             asked: false,
             watch,
             has_api: api.is_some(),
+            identity: options.identity,
+            templates: Templates::default(),
         };
         Ok((session, ears, api))
     }
@@ -420,6 +448,18 @@ impl Session {
             reply(Err(refused));
             return None;
         }
+        let request = match request {
+            VmmRequest::Fork(fork) if self.vmm.is_booted() => {
+                let own = (&self.identity, &self.filters);
+                reply(self.templates.fork(&mut self.vmm, &fork, own));
+                return None;
+            }
+            VmmRequest::DropTemplate(name) if self.vmm.is_booted() => {
+                reply(self.templates.drop_template(&name));
+                return None;
+            }
+            other => other,
+        };
         match self.vmm.handle(request) {
             Ok(answer) => {
                 reply(Ok(answer));

@@ -1,12 +1,12 @@
 //! `husk snapshot` and `husk restore`.
 
-use crate::cli::{RestoreArgs, SnapshotArgs, SnapshotCommand};
+use crate::cli::{ForkArgs, RestoreArgs, SnapshotArgs, SnapshotCommand};
 use crate::client::{print_answer, send};
 use crate::run::{ANONYMOUS, filters, identity};
 use crate::session::{First, Options, Session};
 use crate::socket::ApiSocket;
 use crate::{Failure, print};
-use husk_config::LoadSnapshot;
+use husk_config::{Fork, LoadSnapshot};
 use serde_json::{Value, json};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -64,6 +64,29 @@ fn info(file: &Path) -> Result<u8, Failure> {
         .filter(|&c| c == '\n' || !c.is_control())
         .collect();
     print(plain.as_bytes())
+}
+
+/// Start clones of a VM. The exit status, unless nobody could be asked.
+pub fn fork(arguments: &ForkArgs) -> Result<u8, Failure> {
+    let absolute = |path: &Option<PathBuf>| -> Result<Option<PathBuf>, Failure> {
+        // The VM's process is somewhere else.
+        let absolute = path.as_deref().map(std::path::absolute).transpose();
+        absolute.map_err(|e| Failure::usage(e.to_string()))
+    };
+    let fork = Fork {
+        count: arguments.count,
+        template: arguments.template.clone(),
+        keep_template: arguments.keep_template,
+        resume_vm: !arguments.paused,
+        id: arguments.id.clone(),
+        console: absolute(&arguments.console)?,
+        api_sock: absolute(&arguments.clone_sock)?,
+    };
+    fork.validate().map_err(|e| Failure::usage(e.to_string()))?;
+    let body = json!(fork).to_string();
+    let answer = send(&arguments.socket.api_sock, "PUT", "/husk/fork", &body)?;
+    let status = print_answer(&answer)?;
+    Ok(status.max(u8::from(answer.body.contains("\"error\""))))
 }
 
 /// Go on with a VM that was kept, until it ends. The exit status, unless something failed.

@@ -15,6 +15,8 @@ mod common;
 mod errors;
 #[path = "smoke/firecracker.rs"]
 mod firecracker;
+#[path = "smoke/forks.rs"]
+mod forks;
 #[path = "smoke/machine.rs"]
 mod machine;
 #[path = "smoke/metrics.rs"]

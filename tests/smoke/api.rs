@@ -80,6 +80,13 @@ impl Served {
         serde_json::from_str(&body).unwrap()
     }
 
+    #[track_caller]
+    pub fn answer(&self, method: &str, path: &str, body: Value) -> Value {
+        let (status, said) = self.ask(method, path, &body.to_string());
+        assert_eq!(status, 200, "{method} {path} {body}: {said}");
+        serde_json::from_str(&said).unwrap()
+    }
+
     /// Why it is refused.
     #[track_caller]
     pub fn refused(&self, method: &str, path: &str, body: Value) -> String {

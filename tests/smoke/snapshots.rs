@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 
 /// A guest that counts, paused.
-fn paused() -> Served {
+pub fn paused() -> Served {
     let mut served = Served::start(&[]);
     let source = json!({ "kernel_image_path": payload("ticks", "") });
     served.done("PUT", "/boot-source", source);
@@ -35,7 +35,7 @@ fn load(dir: &Path, resume: bool) -> Value {
 
 /// The numbers that a guest has said are all that there are, one after the other.
 #[track_caller]
-fn assert_counts(said: &[u8]) -> u64 {
+pub fn assert_counts(said: &[u8]) -> u64 {
     let said = String::from_utf8_lossy(said);
     // The last line may not be whole.
     let whole = said.rsplit_once('\n').unwrap().0;

@@ -1,4 +1,4 @@
-use crate::{MAX_BOOT_ARGS, MAX_VCPUS, MIN_MEMORY_MIB};
+use crate::{MAX_BOOT_ARGS, MAX_CLONES, MAX_VCPUS, MIN_MEMORY_MIB};
 use std::path::PathBuf;
 
 /// What is wrong with a configuration. All of these are the user's to mend.
@@ -61,6 +61,17 @@ pub enum Error {
     /// The metadata service cannot be as it is configured.
     #[error("the metadata service (mmds-config) {0}")]
     Mmds(String),
+    /// More clones than can be had at once.
+    #[error("{0} clones are too many at once; {MAX_CLONES} are the most")]
+    Clones(u32),
+    /// Clones that nobody could let run.
+    #[error("clones that are paused need an api_sock, on which they are told to go on")]
+    ClonesUnsteered,
+    /// Clones that would take the same name.
+    #[error(
+        "several clones cannot have the same {0}; write {{n}} where the number of each is to stand"
+    )]
+    ClonesAlike(&'static str),
     /// Not a size.
     #[error("{0:?} is not a memory size; write for example 512M or 2G (a bare number is MiB)")]
     Size(String),

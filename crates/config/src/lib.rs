@@ -29,8 +29,9 @@ pub use logging::{LogLevel, Logger, Metrics};
 pub use machine::HugePages;
 pub use mmds::{MmdsConfig, MmdsVersion};
 pub use request::{
-    Answer, CreateSnapshot, DeviceUpdate, Event, Hinting, LoadSnapshot, MachineConfigUpdate,
-    MemBackend, MemBackendType, NewDevice, Part, Query, SnapshotType, VmmRequest,
+    Answer, CLONE_NUMBER, CreateSnapshot, DeviceUpdate, Event, Fork, Hinting, LoadSnapshot,
+    MAX_CLONES, MachineConfigUpdate, MemBackend, MemBackendType, NewDevice, Part, Query,
+    SnapshotType, VmmRequest,
 };
 pub use size::parse_mib;
 

@@ -74,7 +74,13 @@ pub enum Exit<'a> {
 }
 
 impl Vcpu {
-    pub(crate) fn new(fd: VcpuFd, run_size: usize) -> Self {
+    pub(crate) fn new(mut fd: VcpuFd, run_size: usize) -> Self {
+        // A process that is forked from this one would keep the VM by it.
+        let run: *mut kvm_run = fd.get_kvm_run();
+        // SAFETY: the mapping is the vCPU's own, of `run_size` bytes, and the advice changes nothing in this process.
+        if unsafe { libc::madvise(run.cast(), run_size, libc::MADV_DONTFORK) } != 0 {
+            log::debug!("a vCPU's page is left to forks");
+        }
         Self { fd, run_size }
     }
 

@@ -28,7 +28,7 @@ pub use requests::{count_deprecated_request, count_failed_request, count_request
 pub use section::{Metric, Section};
 pub use sections::*;
 pub use sink::{
-    Error, PERIOD, configure, flush, flush_after_panic, flush_from_handler, flush_if_due,
+    Error, PERIOD, configure, flush, flush_after_panic, flush_from_handler, flush_if_due, forget,
     next_flush,
 };
 pub use start::start_times;

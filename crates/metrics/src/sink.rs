@@ -50,6 +50,14 @@ pub fn configure(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// This process was forked, and the file is another's, whose descriptor is closed here: no line is written any more.
+pub fn forget() {
+    if let Some(sink) = lock().take() {
+        // What closes a descriptor is not to run: its number may be another's by now.
+        std::mem::forget(sink);
+    }
+}
+
 /// Write a line now; false when no file was configured. What cannot be written is counted in `logger.missed_metrics_count`,
 /// and what it would have told is told by the next line. Never waits for a reader.
 pub fn flush() -> Result<bool, Error> {

@@ -26,7 +26,7 @@ pub use error::{Error, chain};
 pub use footprint::{forget_code, share_heap};
 pub use host::{Console, Host, Identity, OpenOutput, Watch};
 pub use lifecycle::{Outcome, Wake};
-pub use snapshot::describe_snapshot;
+pub use snapshot::{Template, describe_snapshot};
 pub use spin::spin_for;
 pub use timeline::{Cost, Counting, Phase, Reached, Timeline};
 pub use vcpu::{ExitCounts, install_kick_handler};
@@ -184,6 +184,13 @@ impl Vmm {
                 });
                 (self.host.watch)(Event::Resumed);
             }
+            // They start processes, which is not for this crate.
+            (
+                State::Running(_) | State::Paused(_),
+                VmmRequest::Fork(_) | VmmRequest::DropTemplate(_),
+            ) => {
+                return Err(Error::State("clones are started elsewhere"));
+            }
             // As it is already.
             (State::Paused(_), VmmRequest::Pause) | (State::Running(_), VmmRequest::Resume) => {}
             (State::Configuring | State::Built(_), _) => return Err(Error::BeforeBoot),
@@ -195,13 +202,44 @@ impl Vmm {
     /// Go on from a snapshot.
     fn load(&mut self, load: &LoadSnapshot) -> Result<(), Error> {
         let memory = load.memory_file().map_err(Error::Unsupported)?;
-        let saved = snapshot::Saved::open(&load.snapshot_path, memory)?;
-        let mut config = saved.config.clone();
-        config.machine_config.track_dirty_pages |= load.track_dirty_pages;
+        let mut saved = snapshot::Saved::open(&load.snapshot_path, memory)?;
+        saved.config.machine_config.track_dirty_pages |= load.track_dirty_pages;
+        self.go_on(saved, load.resume_vm)
+    }
+
+    /// Freeze the VM as it is: clones of it can go on from there. It runs on if it ran, and its memory is a view of the template's.
+    pub fn freeze(&mut self) -> Result<Template, Error> {
+        match &mut self.state {
+            State::Paused(vm) => vm.freeze(&self.config),
+            State::Running(vm) => {
+                vm.pause()?;
+                let template = vm.freeze(&self.config);
+                vm.resume();
+                template
+            }
+            State::Configuring | State::Built(_) => Err(Error::BeforeBoot),
+        }
+    }
+
+    /// Be a clone that goes on from `template`.
+    pub fn be_clone(&mut self, template: Template, resume: bool) -> Result<(), Error> {
+        let mut saved = template.into_saved();
+        // What is written there is the other VM's.
+        let config = &mut saved.config;
+        (config.logger, config.metrics) = (None, None);
+        if let Some(serial) = &mut config.serial {
+            serial.serial_out_path = None;
+        }
+        self.go_on(saved, resume)
+    }
+
+    /// The VM is what was saved.
+    fn go_on(&mut self, mut saved: snapshot::Saved, resume: bool) -> Result<(), Error> {
+        let config = std::mem::take(&mut saved.config);
         let mut vm = Vm::build_from(&config, &self.host, &mut self.prepared, Some(saved))?;
         vm.start();
         self.config = config;
-        if load.resume_vm {
+        if resume {
             vm.resume();
             self.state = State::Running(Box::new(vm));
             (self.host.watch)(Event::Resumed);

@@ -1,5 +1,7 @@
 //! Guest memory: one reservation of host address space, in which files stand where the guest finds their bytes.
 
+mod freeze;
+
 use husk_arch::memory_map::{Range, memory_ranges};
 use husk_config::HugePages;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
@@ -57,6 +59,9 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// Memory cannot be made a template.
+    #[error("guest memory cannot be moved to where clones see it")]
+    Freeze(#[source] std::io::Error),
     /// Which pages are used.
     #[error("cannot find out which pages of guest memory are used: /proc/self/pagemap")]
     Pagemap(#[source] std::io::Error),
@@ -130,6 +135,7 @@ impl GuestMemory {
     /// has the file can change its size, and so make this process fault.
     pub fn shared(size: u64, pages: HugePages) -> Result<Self, Error> {
         let file = memory_file(size, pages)?;
+        fcntl_add_seals(&file, SealFlags::SEAL).map_err(Error::Share)?;
         let reservation = match pages {
             HugePages::TwoMiB => Reservation::of_file_of_huge_pages(size, &file)?,
             HugePages::None | HugePages::Transparent => Reservation::of_file(size, &file)?,
@@ -411,8 +417,7 @@ fn memory_file(size: u64, pages: HugePages) -> Result<File, Error> {
         HugePages::None | HugePages::Transparent => Error::Share(e),
     })?;
     ftruncate(&file, size).map_err(Error::Share)?;
-    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
-        .map_err(Error::Share)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).map_err(Error::Share)?;
     Ok(file.into())
 }
 

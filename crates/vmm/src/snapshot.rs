@@ -9,6 +9,7 @@ use husk_kvm::{VcpuState, VmState};
 use husk_snapshot::MemoryFile;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 
 /// All but the guest's memory.
@@ -75,6 +76,28 @@ pub struct Saved {
     pub snapshot: Snapshot,
     pub config: VmConfig,
     memory: File,
+}
+
+/// What clones of a VM go on from: its state, and its memory, which they share until they write to it.
+pub struct Template(Saved);
+
+impl Template {
+    pub(crate) fn new(snapshot: Snapshot, config: VmConfig, memory: File) -> Self {
+        Self(Saved {
+            snapshot,
+            config,
+            memory,
+        })
+    }
+
+    /// The descriptor that a process needs for it.
+    pub fn descriptor(&self) -> RawFd {
+        self.0.memory.as_raw_fd()
+    }
+
+    pub(crate) fn into_saved(self) -> Saved {
+        self.0
+    }
 }
 
 impl Saved {

@@ -9,7 +9,7 @@ use crate::load::load;
 use crate::memory::GuestMemory;
 use crate::platform::{Platform, hotplug_slots, platform};
 use crate::processor::Processor;
-use crate::snapshot::{self, Saved, Snapshot};
+use crate::snapshot::{self, Saved, Snapshot, Template};
 use crate::spin::spin_for;
 use crate::standby::Wanted;
 use crate::timeline::{Phase, Timeline};
@@ -18,7 +18,7 @@ use husk_arch::acpi::{self, AcpiConfig, MmioSlot};
 use husk_arch::boot::BootState;
 use husk_arch::memory_map::Range;
 use husk_arch::{layout, mptable};
-use husk_config::{DeviceUpdate, MachineConfig, NewDevice, VmConfig};
+use husk_config::{DeviceUpdate, HugePages, MachineConfig, NewDevice, VmConfig};
 use husk_devices::boot_timer;
 use husk_kvm::{Kvm, Vcpu, VcpuState};
 use husk_loader::Kernel;
@@ -246,15 +246,30 @@ impl Vm {
         self.shared.pause.go_on();
     }
 
-    /// Keep all of a VM that is paused, in two files.
-    pub fn save(&self, config: &VmConfig, state: &Path, memory: &Path) -> Result<(), Error> {
+    /// All of a VM that is paused, but its memory.
+    fn state(&self, config: &VmConfig) -> Result<Snapshot, Error> {
         snapshot::check(config)?;
         let msrs = Kvm::open()?.state_msrs()?;
         let (shared, count) = (&self.shared, self.threads.len() as u32);
         let ask = || shared.pause.ask();
         let vcpus = shared.census.take(msrs, count, ask, PAUSE_LIMIT)?;
         let (size, vm) = (self.memory.size(), self.kvm.state()?);
-        let snapshot = Snapshot::new(config, size, vm, vcpus, &self.platform)?;
+        Snapshot::new(config, size, vm, vcpus, &self.platform)
+    }
+
+    /// Make a VM that is paused a template for clones. Its own memory is a view of the same from now on.
+    pub fn freeze(&self, config: &VmConfig) -> Result<Template, Error> {
+        if config.machine_config.huge_pages == HugePages::TwoMiB {
+            return Err(Error::Unsupported("a fork of a VM with huge_pages 2M"));
+        }
+        let snapshot = self.state(config)?;
+        let memory = self.memory.freeze()?;
+        Ok(Template::new(snapshot, config.clone(), memory))
+    }
+
+    /// Keep all of a VM that is paused, in two files.
+    pub fn save(&self, config: &VmConfig, state: &Path, memory: &Path) -> Result<(), Error> {
+        let snapshot = self.state(config)?;
         // The state comes last: without it there is no snapshot.
         snapshot::write_memory(&self.memory, memory)?;
         Ok(husk_snapshot::write_state(state, &snapshot)?)

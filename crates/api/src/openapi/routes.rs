@@ -5,9 +5,9 @@ use crate::parse::{
     NetworkInterfaceUpdate, OwnAction, VmUpdate,
 };
 use husk_config::{
-    Balloon, BootSource, CpuConfig, CreateSnapshot, Drive, Entropy, Event, LoadSnapshot, Logger,
-    MachineConfig, MachineConfigUpdate, Metrics, MmdsConfig, NetworkInterface, Serial, VmConfig,
-    Vsock,
+    Balloon, BootSource, CpuConfig, CreateSnapshot, Drive, Entropy, Event, Fork, LoadSnapshot,
+    Logger, MachineConfig, MachineConfigUpdate, Metrics, MmdsConfig, NetworkInterface, Serial,
+    VmConfig, Vsock,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde_json::{Map, Value};
@@ -127,6 +127,25 @@ mod answers {
         pub phases: Vec<BootPhase>,
     }
 
+    /// A clone.
+    #[derive(JsonSchema)]
+    pub struct Clone {
+        /// Its number, from 1 among the clones of its template.
+        pub n: u32,
+        /// Its process, if it was started.
+        pub pid: Option<u32>,
+        /// Why it does not run, if it does not.
+        pub error: Option<String>,
+    }
+
+    /// Clones that were started.
+    #[derive(JsonSchema)]
+    pub struct Clones {
+        pub clones: Vec<Clone>,
+        /// The template, if it is kept.
+        pub template: Option<String>,
+    }
+
     /// What went wrong.
     #[derive(JsonSchema)]
     pub struct Error {
@@ -136,7 +155,9 @@ mod answers {
 }
 
 pub use answers::Error;
-use answers::{BalloonHintingStatus, BalloonStatistics, BootTimeline, InstanceInfo, Version};
+use answers::{
+    BalloonHintingStatus, BalloonStatistics, BootTimeline, Clones, InstanceInfo, Version,
+};
 
 type Metadata = Map<String, Value>;
 
@@ -283,6 +304,23 @@ pub const ROUTES: &[Route] = &[
         AfterBoot,
         schema::<OwnAction>,
         r#"{"action_type":"Stop"}"#,
+    ),
+    Route {
+        answer: Some(Answer::Json(schema::<Clones>)),
+        ..change(
+            "PUT",
+            "/husk/fork",
+            "Start clones: VMs that go on from where this one is, each in a process of its own. The guest stands still for a moment",
+            AfterBoot,
+            schema::<Fork>,
+            r#"{"count":2,"template":"1","keep_template":true,"resume_vm":true,"id":"web-{n}","console":"/log-{n}","api_sock":"/s-{n}"}"#,
+        )
+    },
+    bare(
+        "DELETE",
+        "/husk/fork/{id}",
+        "Let go of a template that was kept; its clones go on",
+        AfterBoot,
     ),
     change(
         "PUT",

@@ -177,6 +177,7 @@ impl Request<'_> {
                     ..vmm(VmmRequest::LoadSnapshot(Box::new(load)))?
                 })
             }
+            ["husk", "fork"] => vmm(VmmRequest::Fork(Box::new(self.object()?))),
             ["husk", "actions"] => {
                 let OwnAction { action_type } = self.object()?;
                 vmm(match action_type {
@@ -262,6 +263,9 @@ impl Request<'_> {
             ["drives" | "network-interfaces", id] => {
                 check_id(id)?;
                 self.without_body(Call::Vmm(VmmRequest::Detach((*id).into())))
+            }
+            ["husk", "fork", name] => {
+                self.without_body(Call::Vmm(VmmRequest::DropTemplate((*name).into())))
             }
             ["pmem", id] => check_id(id).and(Err(Refused::Unsupported(PMEM))),
             ["drives" | "network-interfaces" | "pmem"] => Err(Refused::EmptyId),
