@@ -351,6 +351,10 @@ pub struct ForkArgs {
     #[arg(long, value_name = "PATH-{n}")]
     pub console: Option<PathBuf>,
 
+    /// Files or named pipes for their log messages, appended to [default: the VM's log file, if it has one]
+    #[arg(long, value_name = "PATH-{n}")]
+    pub clone_log: Option<PathBuf>,
+
     /// Sockets on which they are steered [default: none]
     #[arg(long, value_name = "PATH-{n}")]
     pub clone_sock: Option<PathBuf>,

@@ -407,16 +407,23 @@ impl Clone<'_> {
         Session::be_clone(options, template, self.fork.resume_vm, || self.tell(None))
     }
 
-    /// Its console is stdout, as any VM's.
+    /// Its console is stdout, and its log stderr, as any VM's.
     fn own_streams(&self) -> Result<(), Failure> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let null = rustix::fs::open("/dev/null", flags, Mode::empty()).map_err(|e| trouble(&e))?;
         rustix::stdio::dup2_stdin(&null).map_err(|e| trouble(&e))?;
-        let console = match self.fork.console.as_deref().map(|path| self.path(path)) {
-            Some(path) => open_console(&path)?,
-            None => null,
+        let open = |path: &Option<PathBuf>| match path.as_deref().map(|path| self.path(path)) {
+            Some(path) => open_log(&path),
+            None => null.try_clone().map_err(|e| trouble(&e)),
         };
-        rustix::stdio::dup2_stdout(&console).map_err(|e| trouble(&e))
+        let (console, log) = (open(&self.fork.console)?, open(&self.fork.log)?);
+        rustix::stdio::dup2_stdout(&console).map_err(|e| trouble(&e))?;
+        // The VM's own is somebody's who waits for its end.
+        rustix::stdio::dup2_stderr(&log).map_err(|e| trouble(&e))?;
+        if self.fork.log.is_some() {
+            logging::to_stderr();
+        }
+        Ok(())
     }
 
     fn tell(&self, error: Option<&str>) {
@@ -445,15 +452,10 @@ impl Clone<'_> {
 }
 
 /// A file that is appended to, or a FIFO that somebody reads.
-fn open_console(path: &Path) -> Result<OwnedFd, Failure> {
+fn open_log(path: &Path) -> Result<OwnedFd, Failure> {
     let flags =
         OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let fault = |e: Errno| {
-        Failure::usage(format!(
-            "cannot write to the console {}: {e}",
-            path.display()
-        ))
-    };
+    let fault = |e: Errno| Failure::usage(format!("cannot write to {}: {e}", path.display()));
     let file = rustix::fs::open(path, flags, Mode::from_raw_mode(0o600)).map_err(fault)?;
     let flags = rustix::fs::fcntl_getfl(&file).map_err(fault)?;
     rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(fault)?;

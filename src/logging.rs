@@ -75,6 +75,12 @@ pub fn rename_instance(id: &str) {
     }
 }
 
+/// Messages go to stderr again.
+pub fn to_stderr() {
+    let mut state = LOGGER.0.write().unwrap_or_else(PoisonError::into_inner);
+    state.file = None;
+}
+
 /// The log file's descriptor.
 pub fn descriptor() -> Option<RawFd> {
     let state = LOGGER.0.read().unwrap_or_else(PoisonError::into_inner);

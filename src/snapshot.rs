@@ -80,6 +80,7 @@ pub fn fork(arguments: &ForkArgs) -> Result<u8, Failure> {
         resume_vm: !arguments.paused,
         id: arguments.id.clone(),
         console: absolute(&arguments.console)?,
+        log: absolute(&arguments.clone_log)?,
         api_sock: absolute(&arguments.clone_sock)?,
     };
     fork.validate().map_err(|e| Failure::usage(e.to_string()))?;

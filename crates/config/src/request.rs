@@ -83,6 +83,9 @@ pub struct Fork {
     /// Files or named pipes for their consoles, appended to; by default what they write is dropped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<PathBuf>,
+    /// Files or named pipes for their log messages, appended to; by default the VM's log file, and where it has none they are dropped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log: Option<PathBuf>,
     /// Sockets on which they are steered; by default there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub api_sock: Option<PathBuf>,
@@ -105,6 +108,7 @@ impl Default for Fork {
             resume_vm: yes(),
             id: None,
             console: None,
+            log: None,
             api_sock: None,
         }
     }
@@ -128,6 +132,7 @@ impl Fork {
         let named = [
             ("id", &id),
             ("console", &self.console),
+            ("log", &self.log),
             ("api_sock", &self.api_sock),
         ];
         for (field, value) in named {

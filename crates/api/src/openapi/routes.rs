@@ -313,7 +313,7 @@ pub const ROUTES: &[Route] = &[
             "Start clones: VMs that go on from where this one is, each in a process of its own. The guest stands still for a moment",
             AfterBoot,
             schema::<Fork>,
-            r#"{"count":2,"template":"1","keep_template":true,"resume_vm":true,"id":"web-{n}","console":"/log-{n}","api_sock":"/s-{n}"}"#,
+            r#"{"count":2,"template":"1","keep_template":true,"resume_vm":true,"id":"web-{n}","console":"/out-{n}","log":"/log-{n}","api_sock":"/s-{n}"}"#,
         )
     },
     bare(
