@@ -176,7 +176,7 @@ impl Vmm {
             }
             (State::Paused(vm), VmmRequest::Resume) => {
                 let begun = Instant::now();
-                vm.resume();
+                vm.resume()?;
                 METRICS.latencies_us.vmm_resume_vm.set(begun.elapsed());
                 self.exchange(|state| match state {
                     State::Paused(vm) => State::Running(vm),
@@ -200,9 +200,14 @@ impl Vmm {
         config.machine_config.track_dirty_pages |= load.track_dirty_pages;
         let mut vm = Vm::build_from(&config, &self.host, &mut self.prepared, Some(saved))?;
         vm.start();
+        if load.resume_vm
+            && let Err(e) = vm.resume()
+        {
+            vm.stop();
+            return Err(e);
+        }
         self.config = config;
         if load.resume_vm {
-            vm.resume();
             self.state = State::Running(Box::new(vm));
             (self.host.watch)(Event::Resumed);
         } else {
