@@ -1,6 +1,14 @@
 //! End to end: real Linux guests that go on in another process. Run by `cargo xtask test`.
 
 mod common;
+#[path = "snapshots/devices.rs"]
+mod devices;
+#[allow(dead_code)]
+#[path = "devices/help.rs"]
+mod help;
+#[allow(dead_code)]
+#[path = "devices/host.rs"]
+mod host;
 
 use common::guest::{Guest, Kernel, LIMIT};
 use common::{Vm, husk, temp_dir, text};
@@ -93,6 +101,20 @@ fn a_guest_goes_on_with_its_memory_clock_and_processors(kernel: &Kernel) {
     served.vm.send(b"end\n");
     served.vm.expect("with 2 processors");
     served.vm.finish().expect_status(0);
+}
+
+/// Which tests run with which kernel over which transport.
+macro_rules! pairs {
+    ($($pair:ident: $kernel:ident $flags:expr => { $($test:ident)* })*) => {
+        $(mod $pair { $(#[test] fn $test() { super::devices::$test(&super::Kernel::$kernel(), &$flags); })* })*
+    };
+}
+
+pairs! {
+    debian_mmio: debian [] => { disks_lose_and_double_nothing }
+    debian_pci: debian ["--pci"] => { disks_lose_and_double_nothing }
+    minimal_mmio: minimal [] => { disks_lose_and_double_nothing }
+    minimal_pci: minimal ["--pci"] => { disks_lose_and_double_nothing }
 }
 
 #[test]

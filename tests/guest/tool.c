@@ -1,6 +1,7 @@
 // What tests do inside a Linux guest that busybox cannot: vsock, and verified writes to a disk. Static, no dependencies.
 #include "common.h"
 #include "disk.h"
+#include "journal.h"
 #include "stream.h"
 
 static uint64_t requests(void)
@@ -124,9 +125,12 @@ int main(int count, char **words)
 		return zeroes(first);
 	if (count == 7 && !strcmp(what, "pace"))
 		return pace(first, words[3], atoi(words[4]), atoi(words[5]), atoi(words[6]));
+	if (count == 5 && !strcmp(what, "journal"))
+		return journal(first, strtoull(words[3], NULL, 10), atoi(words[4]));
 	if (count == 3 && !strcmp(what, "eat"))
 		return eat(atoi(first));
 	printf("tool: echo PORT COUNT | send PORT BYTES | copy FROM TO | behave from|to PORT COUNT | cid | watch FILE MS |\n"
-	       "verify DEVICE MIB direct|cached WORKERS | sum FILE | zeroes DEVICE | pace read|write FILE SIZE WARM COUNT | eat MIB\n");
+	       "verify DEVICE MIB direct|cached WORKERS | sum FILE | zeroes DEVICE | pace read|write FILE SIZE WARM COUNT | eat MIB |\n"
+	       "journal DEVICE BLOCKS WORKERS\n");
 	return 2;
 }

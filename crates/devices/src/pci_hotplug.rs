@@ -5,6 +5,7 @@
 
 use crate::ports_of;
 use husk_bus::BusDevice;
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -28,7 +29,37 @@ pub struct PciHotplug {
     wake: Arc<dyn Fn() + Send + Sync>,
 }
 
+/// What a snapshot holds of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    came: u32,
+    shall_go: u32,
+    going: u32,
+    gone: u32,
+}
+
 impl PciHotplug {
+    /// What a snapshot must hold. No vCPU may run meanwhile.
+    pub fn state(&self) -> State {
+        State {
+            came: self.came.load(Ordering::Acquire),
+            shall_go: self.shall_go.load(Ordering::Acquire),
+            going: self.going.load(Ordering::Acquire),
+            gone: self.gone.load(Ordering::Acquire),
+        }
+    }
+
+    /// Take over what [`PciHotplug::state`] told.
+    pub fn restore(&self, state: State) {
+        self.came.store(state.came, Ordering::Release);
+        self.shall_go.store(state.shall_go, Ordering::Release);
+        self.going.store(state.going, Ordering::Release);
+        self.gone.store(state.gone, Ordering::Release);
+        if state.gone != 0 {
+            (self.wake)();
+        }
+    }
+
     /// `wake` is called on a vCPU thread when the guest has let a device go; it must not block.
     pub fn new(wake: Arc<dyn Fn() + Send + Sync>) -> Self {
         Self {

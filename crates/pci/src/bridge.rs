@@ -116,6 +116,52 @@ impl HostBridge {
         Ok(device as u8)
     }
 
+    /// Put a function on the bus that was there before, with this device number: its BAR answers where its configuration space
+    /// says, if that is a place for one.
+    pub fn add_at(
+        &self,
+        device: u8,
+        function: Arc<dyn Function>,
+        relocate: Option<Box<dyn Relocate>>,
+    ) -> Result<(), Error> {
+        let mut slots = lock(&self.slots);
+        let number = usize::from(device);
+        if number >= MAX_FUNCTIONS {
+            return Err(Error::Number(device));
+        }
+        if slots.len() <= number {
+            slots.resize_with(number + 1, || None);
+        }
+        let place = slots.get_mut(number).filter(|place| place.is_none());
+        let place = place.ok_or(Error::Number(device))?;
+        let size = lock(function.config()).bar_size().into();
+        *place = Some(Slot {
+            function,
+            size,
+            doorbells: None,
+            relocate,
+        });
+        self.settle(&mut slots);
+        Ok(())
+    }
+
+    /// The bridge's own configuration space.
+    pub fn own_config(&self) -> Vec<u8> {
+        let slots = lock(&self.slots);
+        let root = slots.first().and_then(Option::as_ref);
+        root.map_or(Vec::new(), |root| {
+            lock(root.function.config()).contents().to_vec()
+        })
+    }
+
+    /// Take over what a driver may write of what [`HostBridge::own_config`] told.
+    pub fn restore_own_config(&self, contents: &[u8]) {
+        let slots = lock(&self.slots);
+        if let Some(root) = slots.first().and_then(Option::as_ref) {
+            lock(root.function.config()).write(0, contents);
+        }
+    }
+
     /// Take the function with this device number off the bus: `relocate` hears that nothing of it is to be registered any
     /// more. Accesses that are under way may still reach it. The bridge itself stays.
     pub fn remove(&self, device: u8) {

@@ -135,6 +135,11 @@ impl ConfigSpace {
         }
     }
 
+    /// All of it.
+    pub fn contents(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// Two bytes at `offset`.
     pub fn word(&self, offset: u16) -> u16 {
         let mut data = [0; 2];

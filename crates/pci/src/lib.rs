@@ -30,6 +30,12 @@ pub enum Error {
     /// More vectors than the table can have.
     #[error("{0} MSI-X vectors: give 1 to {max}", max = MAX_VECTORS)]
     Vectors(u16),
+    /// A saved table is not this function's.
+    #[error("the saved MSI-X table has {0} vectors, and the function {1}")]
+    OtherVectors(usize, u16),
+    /// The device number is taken, or none.
+    #[error("PCI device number {0} is taken, or does not exist")]
+    Number(u8),
     /// All device numbers are taken.
     #[error("PCI bus 0 has {max} devices already: use fewer", max = MAX_FUNCTIONS - 1)]
     Full,

@@ -148,6 +148,40 @@ impl Msix {
         }
     }
 
+    /// The table, and whether each vector is pending: what a snapshot must hold beside message control.
+    pub fn state(&self) -> (Vec<[u32; ENTRY]>, Vec<bool>) {
+        let pending = |vector: &Vector| vector.pending.load(Ordering::SeqCst);
+        let table = self.lock().table.clone();
+        (table, self.vectors.iter().map(pending).collect())
+    }
+
+    /// Take over what [`Msix::state`] gave, with message control. The sink hears of all messages at once.
+    pub fn restore(
+        &self,
+        control: u16,
+        table: &[[u32; ENTRY]],
+        pending: &[bool],
+    ) -> Result<(), Error> {
+        if table.len() != self.vectors.len() || pending.len() != self.vectors.len() {
+            return Err(Error::OtherVectors(
+                table.len().min(pending.len()),
+                self.count(),
+            ));
+        }
+        let mut state = self.lock();
+        for (own, saved) in state.table.iter_mut().zip(table) {
+            let [low, high, data, vector_control] = *saved;
+            *own = [low, high, data, vector_control & MASK];
+        }
+        for (vector, pending) in self.vectors.iter().zip(pending) {
+            vector.pending.store(*pending, Ordering::SeqCst);
+        }
+        state.control = control;
+        self.enabled.store(control & ENABLE != 0, Ordering::Release);
+        self.refresh(&mut state);
+        Ok(())
+    }
+
     /// Fill `data` from the table. Only aligned dwords and qwords are defined (6.8.2); others read as 0.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         let state = self.lock();

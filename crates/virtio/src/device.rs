@@ -64,6 +64,17 @@ impl ConfigSpace {
     pub fn generation(&self) -> u8 {
         self.generation.load(Ordering::Acquire)
     }
+
+    /// All of it.
+    pub fn contents(&self) -> Vec<u8> {
+        let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        bytes.clone()
+    }
+
+    /// Count on from the generation that the driver of a saved device has seen.
+    pub fn set_generation(&self, generation: u8) {
+        self.generation.store(generation, Ordering::Release);
+    }
 }
 
 /// Why a device cannot go on with what its driver did. The device then needs a reset (2.1, DEVICE_NEEDS_RESET).
@@ -111,6 +122,12 @@ pub trait VirtioDevice: Send {
 
     /// Finish what is in flight, forget what the driver negotiated, and give the queues back. Without effect when stopped.
     fn stop(&mut self) -> Vec<ActiveQueue>;
+
+    /// As [`VirtioDevice::stop`], but the driver is to notice nothing: what it has begun goes on at the next
+    /// [`VirtioDevice::start`], of this device, or of one that has loaded what [`VirtioDevice::save`] tells now.
+    fn suspend(&mut self) -> Vec<ActiveQueue> {
+        self.stop()
+    }
 
     /// The driver has made buffers available in queue `index`. Called at least once after the last of them.
     fn queue_ready(&mut self, index: u16) -> Result<(), DeviceError>;

@@ -10,8 +10,11 @@ pub use pci::Pci;
 use crate::queue::QueueState;
 use crate::transport::mmio::MmioTransport;
 use crate::transport::{Core, Ring};
-use crate::{DeviceThread, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, GuestMemory, VirtioDevice};
+use crate::{DeviceError, DeviceState, DeviceThread, GuestMemory, VirtioDevice};
+use crate::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use husk_bus::BusDevice;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
@@ -54,6 +57,14 @@ pub trait Registers {
     fn write_config(&self, offset: u64, data: &[u8]);
     /// Whether there was an interrupt since the last call.
     fn take_interrupt(&self) -> bool;
+    /// Suspend the device.
+    fn suspend(&self);
+    /// Let it go on.
+    fn resume(&self);
+    /// What a snapshot holds of it all.
+    fn save(&self) -> DeviceState;
+    /// Take that over.
+    fn load(&self, state: DeviceState) -> Result<(), DeviceError>;
     /// The transport's core, for what no driver can do.
     fn with_core(&self, what: &mut dyn FnMut(&mut Core));
     /// The registers themselves, for what no driver would do; the size in bytes with them.
@@ -156,12 +167,34 @@ impl Registers for Mmio {
         self.set(0x64, status);
         edge || status != 0
     }
+    fn suspend(&self) {
+        self.transport.suspend();
+    }
+    fn resume(&self) {
+        self.transport.resume();
+    }
+    fn save(&self) -> DeviceState {
+        to_value(self.transport.save())
+    }
+    fn load(&self, state: DeviceState) -> Result<(), DeviceError> {
+        self.transport.load(from_value(state)?)
+    }
     fn with_core(&self, what: &mut dyn FnMut(&mut Core)) {
         self.transport.with_core(|core| what(core));
     }
     fn raw(&self) -> (Arc<dyn BusDevice>, u64) {
         (self.transport.clone(), MmioTransport::SIZE)
     }
+}
+
+/// The state of a device that was not lost, as data.
+fn to_value(state: Option<impl Serialize>) -> DeviceState {
+    let state = state.expect("a device that was not lost");
+    serde_json::to_value(state).expect("a state is data")
+}
+
+fn from_value<T: DeserializeOwned>(state: DeviceState) -> Result<T, DeviceError> {
+    serde_json::from_value(state).map_err(|e| DeviceError::Unsupported(e.to_string()))
 }
 
 /// How a chain lies in the descriptor table.

@@ -113,13 +113,26 @@ impl DeviceThread {
 
     /// Stop a device and take it back, with its queues as far as they came.
     pub fn stop_device(&self, id: RunningId) -> Result<(Device, Vec<ActiveQueue>), ThreadError> {
+        self.take_device(id, |device| device.stop())
+    }
+
+    /// The same for a device that is to go on as it is.
+    pub fn suspend_device(&self, id: RunningId) -> Result<(Device, Vec<ActiveQueue>), ThreadError> {
+        self.take_device(id, |device| device.suspend())
+    }
+
+    fn take_device(
+        &self,
+        id: RunningId,
+        stop: fn(&mut dyn VirtioDevice) -> Vec<ActiveQueue>,
+    ) -> Result<(Device, Vec<ActiveQueue>), ThreadError> {
         self.endpoint.call_blocking(move |loops| {
             // Its descriptors leave the event loop before it may close them.
             let running = loops
                 .remove_subscriber(id.0)
                 .map_err(|_| ThreadError::NotRunning)?;
             let mut device = running.device;
-            let queues = device.stop();
+            let queues = stop(device.as_mut());
             Ok((device, queues))
         })
     }

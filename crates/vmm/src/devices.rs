@@ -1,8 +1,10 @@
 //! Virtio devices: made from their configuration, put on a bus, and connected to KVM.
 
 mod opened;
+mod saved;
 
 pub use opened::Opened;
+pub use saved::State;
 
 use crate::error::Error;
 use crate::footprint::schedule_in_batches;
@@ -24,7 +26,9 @@ use husk_virtio::transport::pci::PciTransport;
 use husk_virtio::transport::{Core, Doorbell};
 use husk_virtio::{DeviceThread, GuestMemory, VirtioDevice};
 use opened::{VSOCK, open_drive, open_interface, open_vsock, take};
+use saved::Saved;
 use std::fmt::Write;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -42,7 +46,7 @@ const RESETS_APART: Duration = Duration::from_millis(100);
 /// How many devices have an interrupt line of their own.
 const MOST_ON_MMIO: usize = (layout::IO_APIC_PINS - layout::VIRTIO_IRQ) as usize;
 /// Device numbers of a PCI bus, less the host bridge's.
-const MOST_ON_PCI: usize = 31;
+pub const MOST_ON_PCI: usize = 31;
 
 /// Places that are left for devices that come while the VM runs.
 const SPARE_ON_PCI: usize = 8;
@@ -192,6 +196,7 @@ pub struct Devices {
     attached: Vec<(String, Transport)>,
     bridge: Option<Arc<HostBridge>>,
     threads: IoThreads,
+    suspended: AtomicBool,
 }
 
 /// What the devices run on, as far as there are any.
@@ -284,19 +289,27 @@ pub struct Place<'a> {
 impl Devices {
     /// Put `devices` on MMIO or, with `pci`, on PCI, and connect their interrupts. Doorbells follow when a driver starts a
     /// device: KVM takes milliseconds for each, and until it is done a kick merely costs an exit.
+    ///
+    /// Those that were `saved` are what and where they were, suspended.
     pub fn attach(
         (devices, threads): (Vec<Named>, IoThreads),
         pci: bool,
         place: &Place,
+        mut saved: Option<State>,
     ) -> Result<Self, Error> {
         let bridge = pci.then(|| add_host_bridge(place.bus)).transpose()?;
+        if let (Some(bridge), Some(saved)) = (&bridge, &saved) {
+            bridge.restore_own_config(saved.host_bridge());
+        }
         let mut all = Self {
             attached: Vec::with_capacity(devices.len()),
             bridge,
             threads,
+            suspended: AtomicBool::new(saved.is_some()),
         };
         for (index, (id, device)) in devices.into_iter().enumerate() {
-            all.put(id, device, place.slots.get(index), place)?;
+            let was = saved.as_mut().map(|saved| saved.take(&id)).transpose()?;
+            all.put(id, device, place.slots.get(index), place, was)?;
         }
         Ok(all)
     }
@@ -307,12 +320,29 @@ impl Devices {
         device: Box<dyn VirtioDevice>,
         slot: Option<&MmioSlot>,
         place: &Place,
+        saved: Option<Saved>,
     ) -> Result<&Transport, Error> {
         let io = self.threads.for_device(device.info().id, place.filters)?;
         let doorbells = self.threads.doorbells(place)?;
         let transport = match (&self.bridge, slot) {
-            (Some(bridge), _) => attach_pci(device, io, place, bridge, doorbells)?,
-            (None, Some(slot)) => attach_mmio(device, io, place, slot, doorbells)?,
+            (Some(bridge), _) => {
+                let transport = new_pci(device, io, place)?;
+                let number = match saved {
+                    Some((number, state)) => {
+                        saved::load_pci(&id, &transport, state)?;
+                        Some(number.ok_or(Error::State("a device has no place"))?)
+                    }
+                    None => None,
+                };
+                attach_pci(transport, number, bridge, doorbells)?
+            }
+            (None, Some(slot)) => {
+                let transport = new_mmio(device, io, place, slot)?;
+                if let Some((_, state)) = saved {
+                    saved::load_mmio(&id, &transport, state)?;
+                }
+                attach_mmio(transport, place, slot, doorbells)?
+            }
             (None, None) => return Err(Error::State("a device has no place")),
         };
         let (name, watch) = (id.clone(), place.watch.clone());
@@ -354,7 +384,7 @@ impl Devices {
             NewDevice::Drive(drive) => open_drive(drive)?.device(),
             NewDevice::Network(net) => Box::new(Net::new(net).map_err(|e| failed(&id, e))?),
         };
-        match self.put(id, opened, None, place)? {
+        match self.put(id, opened, None, place, None)? {
             Transport::Pci(_, number) => Ok(*number),
             Transport::Mmio(_) => Err(Error::State("a device has no place")),
         }
@@ -415,13 +445,12 @@ impl Transport {
     }
 }
 
-fn attach_mmio(
+fn new_mmio(
     device: Box<dyn VirtioDevice>,
     thread: Arc<DeviceThread>,
     place: &Place,
     slot: &MmioSlot,
-    doorbells: &DoorbellThread,
-) -> Result<Transport, Error> {
+) -> Result<MmioTransport, Error> {
     let line = EventFd::new(EFD_CLOEXEC).map_err(|e| Error::Host("an eventfd", e))?;
     place.kvm.register_irqfd(&line, slot.irq)?;
     let transport = MmioTransport::new(device, thread, place.memory.clone(), line)
@@ -429,6 +458,15 @@ fn attach_mmio(
     if let Some(line) = transport.remote_line() {
         place.kvm.register_irqfd(line, slot.irq)?;
     }
+    Ok(transport)
+}
+
+fn attach_mmio(
+    transport: MmioTransport,
+    place: &Place,
+    slot: &MmioSlot,
+    doorbells: &DoorbellThread,
+) -> Result<Transport, Error> {
     let (own, base) = (transport.doorbells(), slot.address);
     let tell = doorbells.sender.clone();
     transport.when_started(Box::new(move || {
@@ -450,20 +488,27 @@ fn add_host_bridge(bus: &Bus) -> Result<Arc<HostBridge>, Error> {
     Ok(bridge)
 }
 
-fn attach_pci(
+fn new_pci(
     device: Box<dyn VirtioDevice>,
     thread: Arc<DeviceThread>,
     place: &Place,
-    bridge: &Arc<HostBridge>,
-    doorbells: &DoorbellThread,
-) -> Result<Transport, Error> {
+) -> Result<PciTransport, Error> {
     let kvm = Arc::clone(place.kvm);
     let sink = move |count| {
         let vectors = MsiVectors::new(kvm, count)?;
         Ok(Arc::new(Vectors(vectors)) as Arc<dyn MsiSink>)
     };
-    let transport = PciTransport::new(device, thread, place.memory.clone(), sink)
-        .map_err(|e| Error::Host("an eventfd", e))?;
+    PciTransport::new(device, thread, place.memory.clone(), sink)
+        .map_err(|e| Error::Host("an eventfd", e))
+}
+
+/// On the bus, with the device number `number` if it has had one.
+fn attach_pci(
+    transport: PciTransport,
+    number: Option<u8>,
+    bridge: &HostBridge,
+    doorbells: &DoorbellThread,
+) -> Result<Transport, Error> {
     let moving = Arc::new(MovingDoorbells {
         own: transport.doorbells(),
         state: Mutex::default(),
@@ -472,9 +517,12 @@ fn attach_pci(
     let started = Arc::clone(&moving);
     transport.when_started(Box::new(move || started.start()));
     let transport = Arc::new(transport);
-    let number = bridge
-        .add(transport.clone(), Some(Box::new(Relocation(moving))))
-        .map_err(|e| failed("bus PCI", e))?;
+    let (function, relocate) = (transport.clone(), Some(Box::new(Relocation(moving)) as _));
+    let number = match number {
+        Some(number) => bridge.add_at(number, function, relocate).map(|()| number),
+        None => bridge.add(function, relocate),
+    };
+    let number = number.map_err(|e| failed("bus PCI", e))?;
     Ok(Transport::Pci(transport, number))
 }
 

@@ -176,7 +176,7 @@ impl Vmm {
             }
             (State::Paused(vm), VmmRequest::Resume) => {
                 let begun = Instant::now();
-                vm.resume();
+                vm.resume()?;
                 METRICS.latencies_us.vmm_resume_vm.set(begun.elapsed());
                 self.exchange(|state| match state {
                     State::Paused(vm) => State::Running(vm),
@@ -214,7 +214,7 @@ impl Vmm {
             State::Running(vm) => {
                 vm.pause()?;
                 let template = vm.freeze(&self.config);
-                vm.resume();
+                vm.resume()?;
                 template
             }
             State::Configuring | State::Built(_) => Err(Error::BeforeBoot),
@@ -238,9 +238,12 @@ impl Vmm {
         let config = std::mem::take(&mut saved.config);
         let mut vm = Vm::build_from(&config, &self.host, &mut self.prepared, Some(saved))?;
         vm.start();
+        if resume && let Err(e) = vm.resume() {
+            vm.stop();
+            return Err(e);
+        }
         self.config = config;
         if resume {
-            vm.resume();
             self.state = State::Running(Box::new(vm));
             (self.host.watch)(Event::Resumed);
         } else {

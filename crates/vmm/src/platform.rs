@@ -38,12 +38,13 @@ pub fn hotplug_slots(config: &VmConfig, host: &Host) -> usize {
     }
 }
 
-/// The devices of every VM, on their buses.
+/// The devices of every VM, on their buses. The guest's tables tell of `slots` places for devices that come and go.
 pub fn platform(
     vm: &husk_kvm::Vm,
     config: &VmConfig,
     host: &Host,
     start: boot_timer::Times,
+    slots: usize,
 ) -> Result<(Arc<Shared>, Platform), Error> {
     let event = |gsi| -> Result<EventFd, Error> {
         let event = EventFd::new(EFD_CLOEXEC).map_err(|e| Error::Host("an eventfd", e))?;
@@ -92,7 +93,6 @@ pub fn platform(
         None => Arc::new(I8042::new(lifecycle.clone())),
     };
     ports.insert(layout::I8042_PORT.into(), layout::I8042_PORTS.into(), i8042)?;
-    let slots = hotplug_slots(config, host);
     let hotplug = (slots > 0).then(|| Arc::new(PciHotplug::new(Arc::clone(&host.wake))));
     if let Some(hotplug) = &hotplug {
         let (first, count) = (layout::PCI_HOTPLUG_PORT, layout::PCI_HOTPLUG_PORTS);

@@ -1,10 +1,11 @@
 //! What a VM is between two instructions of its guest, to be kept and gone on from.
 
+use crate::devices::{self, Devices};
 use crate::error::Error;
 use crate::memory::GuestMemory;
 use crate::platform::Platform;
 use husk_config::VmConfig;
-use husk_devices::{keyboard, serial};
+use husk_devices::{keyboard, pci_hotplug, serial};
 use husk_kvm::{VcpuState, VmState};
 use husk_snapshot::MemoryFile;
 use serde::{Deserialize, Serialize};
@@ -23,6 +24,8 @@ pub struct Snapshot {
     /// By their numbers.
     pub vcpus: Vec<VcpuState>,
     pub platform: PlatformState,
+    #[serde(default)]
+    pub devices: devices::State,
 }
 
 impl Snapshot {
@@ -31,7 +34,7 @@ impl Snapshot {
         memory_size: u64,
         vm: VmState,
         vcpus: Vec<VcpuState>,
-        platform: &Platform,
+        (platform, devices): (&Platform, &Devices),
     ) -> Result<Self, Error> {
         let config = config.to_saved();
         Ok(Self {
@@ -40,6 +43,7 @@ impl Snapshot {
             vm,
             vcpus,
             platform: PlatformState::of(platform),
+            devices: devices.save()?,
         })
     }
 }
@@ -50,6 +54,11 @@ pub struct PlatformState {
     serial: serial::Registers,
     keyboard: Option<keyboard::State>,
     power_events: u8,
+    #[serde(default)]
+    hotplug: pci_hotplug::State,
+    /// Places of the PCI bus that the guest's tables tell of.
+    #[serde(default)]
+    hotplug_slots: usize,
 }
 
 impl PlatformState {
@@ -58,13 +67,26 @@ impl PlatformState {
             serial: platform.serial.registers(),
             keyboard: platform.keyboard.as_ref().map(|keyboard| keyboard.state()),
             power_events: platform.power.pending(),
+            hotplug: platform
+                .hotplug
+                .as_ref()
+                .map_or_else(Default::default, |hotplug| hotplug.state()),
+            hotplug_slots: platform.slots,
         }
+    }
+
+    /// Places of the PCI bus that the guest's tables tell of.
+    pub fn hotplug_slots(&self) -> usize {
+        self.hotplug_slots.min(devices::MOST_ON_PCI)
     }
 
     pub fn restore(self, platform: &Platform) {
         platform.power.restore(self.power_events);
         if let (Some(keyboard), Some(state)) = (&platform.keyboard, self.keyboard) {
             keyboard.restore(state);
+        }
+        if let Some(hotplug) = &platform.hotplug {
+            hotplug.restore(self.hotplug);
         }
         // Last: it interrupts for what is pending.
         platform.serial.restore(self.serial);
@@ -163,17 +185,10 @@ pub fn describe_snapshot(path: &Path) -> Result<String, Error> {
 
 /// What cannot be kept yet is said before anything is written.
 pub fn check(config: &VmConfig) -> Result<(), Error> {
-    let devices = [
-        ("drives", !config.drives.is_empty()),
-        ("network interfaces", !config.network_interfaces.is_empty()),
-        ("a vsock device", config.vsock.is_some()),
-        ("an entropy device", config.entropy.is_some()),
-        ("a balloon", config.balloon.is_some()),
-        ("a PCI bus", config.pci),
-    ];
-    match devices.iter().find(|(_, there)| *there) {
-        Some((what, _)) => Err(Error::NoSnapshot(what)),
-        None => Ok(()),
+    // What its server has begun, nobody else can tell.
+    match config.drives.iter().any(|drive| drive.socket.is_some()) {
+        true => Err(Error::NoSnapshot("vhost-user drives")),
+        false => Ok(()),
     }
 }
 
@@ -222,7 +237,13 @@ mod tests {
                 |s| s["config"]["machine-config"]["vcpu_count"] = 1000.into(),
                 "1000",
             ),
-            (|s| s["config"]["pci"] = true.into(), "PCI"),
+            (
+                |s| {
+                    let drive = serde_json::json!({ "drive_id": "d", "socket": "/s", "is_root_device": false });
+                    s["config"]["drives"] = serde_json::json!([drive]);
+                },
+                "vhost-user",
+            ),
             (
                 |s| drop(s.as_object_mut().unwrap().remove("vm")),
                 "missing field `vm`",

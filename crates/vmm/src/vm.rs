@@ -240,21 +240,30 @@ impl Vm {
         }))
     }
 
-    /// Let the guest go on after a pause.
-    pub fn resume(&mut self) {
+    /// Let the guest go on after a pause, or from a snapshot.
+    pub fn resume(&mut self) -> Result<(), Error> {
+        if self.devices.are_suspended() {
+            // A vCPU that still takes over its state would forget an interrupt that comes before.
+            self.pause()?;
+            self.devices.resume();
+        }
         self.halted_before = false;
         self.shared.pause.go_on();
+        Ok(())
     }
 
-    /// All of a VM that is paused, but its memory.
-    fn state(&self, config: &VmConfig) -> Result<Snapshot, Error> {
+    /// All of a VM that is paused, but its memory, which devices leave alone until the second of both is dropped.
+    fn state(&self, config: &VmConfig) -> Result<(Snapshot, Still<'_>), Error> {
         snapshot::check(config)?;
         let msrs = Kvm::open()?.state_msrs()?;
+        // Before the vCPUs tell: devices still complete requests, write to memory, and interrupt.
+        let still = Still::new(&self.devices);
         let (shared, count) = (&self.shared, self.threads.len() as u32);
         let ask = || shared.pause.ask();
         let vcpus = shared.census.take(msrs, count, ask, PAUSE_LIMIT)?;
         let (size, vm) = (self.memory.size(), self.kvm.state()?);
-        Snapshot::new(config, size, vm, vcpus, &self.platform)
+        let own = (&self.platform, &self.devices);
+        Ok((Snapshot::new(config, size, vm, vcpus, own)?, still))
     }
 
     /// Make a VM that is paused a template for clones. Its own memory is a view of the same from now on.
@@ -262,14 +271,14 @@ impl Vm {
         if config.machine_config.huge_pages == HugePages::TwoMiB {
             return Err(Error::Unsupported("a fork of a VM with huge_pages 2M"));
         }
-        let snapshot = self.state(config)?;
+        let (snapshot, _still) = self.state(config)?;
         let memory = self.memory.freeze()?;
         Ok(Template::new(snapshot, config.clone(), memory))
     }
 
     /// Keep all of a VM that is paused, in two files.
     pub fn save(&self, config: &VmConfig, state: &Path, memory: &Path) -> Result<(), Error> {
-        let snapshot = self.state(config)?;
+        let (snapshot, _still) = self.state(config)?;
         // The state comes last: without it there is no snapshot.
         snapshot::write_memory(&self.memory, memory)?;
         Ok(husk_snapshot::write_state(state, &snapshot)?)
@@ -300,6 +309,27 @@ impl Vm {
     fn was_panic(&self) -> bool {
         let warm = self.memory.read_u16(RESET_FLAG) == Some(RESET_FLAG_WARM);
         self.has_panicked() || (self.panic_is_warm && warm)
+    }
+}
+
+/// Devices that stand still until this is dropped, unless they did before.
+struct Still<'a>(Option<&'a Devices>);
+
+impl<'a> Still<'a> {
+    fn new(devices: &'a Devices) -> Self {
+        if devices.are_suspended() {
+            return Self(None);
+        }
+        devices.suspend();
+        Self(Some(devices))
+    }
+}
+
+impl Drop for Still<'_> {
+    fn drop(&mut self) {
+        if let Some(devices) = self.0 {
+            devices.resume();
+        }
     }
 }
 
@@ -396,7 +426,7 @@ impl Ready {
         let Loaded {
             devices: opened,
             slots,
-            start,
+            mut start,
             asked,
         } = loaded;
         // In this order, because when this fails the last of them is dropped first, and memory must be the last to go.
@@ -406,7 +436,14 @@ impl Ready {
             others,
             first,
         } = self;
-        let (shared, platform) = platform(&kvm, config, host, asked)?;
+        let (saved_devices, places) = match &mut start {
+            Start::Boot(_) => (None, hotplug_slots(config, host)),
+            Start::Saved(saved) => {
+                let devices = std::mem::take(&mut saved.devices);
+                (Some(devices), saved.platform.hotplug_slots())
+            }
+        };
+        let (shared, platform) = platform(&kvm, config, host, asked, places)?;
         let place = Place {
             slots,
             bus: &shared.mmio,
@@ -415,7 +452,7 @@ impl Ready {
             filters: &host.filters,
             watch: &host.watch,
         };
-        let devices = Devices::attach(opened, config.pci, &place)?;
+        let devices = Devices::attach(opened, config.pci, &place, saved_devices)?;
         let template = first.template()?;
         let (entry, others_saved) = match start {
             Start::Boot(boot) => (Entry::Boot(boot), Vec::new()),

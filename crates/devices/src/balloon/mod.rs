@@ -354,6 +354,10 @@ impl VirtioDevice for Balloon {
         self.statistics_head = None;
         self.hint_from_guest = HINT_STOP;
         self.config.set(ACTUAL, &[0; 4]);
+        self.suspend()
+    }
+
+    fn suspend(&mut self) -> Vec<ActiveQueue> {
         self.queues.drain(..).map(|(_, queue)| queue).collect()
     }
 
@@ -426,12 +430,37 @@ impl VirtioDevice for Balloon {
     }
 
     fn save(&self) -> DeviceState {
-        self.hint_command.into()
+        let mut actual = [0; 4];
+        self.config.read(ACTUAL as u64, &mut actual);
+        serde_json::json!({
+            "actual": u32::from_le_bytes(actual),
+            "hint_command": self.hint_command,
+            "hint_from_guest": self.hint_from_guest,
+            "acknowledge": self.acknowledge,
+            "statistics_head": self.statistics_head,
+        })
     }
 
     fn load(&mut self, state: DeviceState) -> Result<(), DeviceError> {
-        let command = state.as_u64().and_then(|command| command.try_into().ok());
-        self.hint_command = command.ok_or(DeviceError::Driver("left no hinting command"))?;
+        let number = |name: &str| {
+            let number = state.get(name).and_then(DeviceState::as_u64);
+            number.and_then(|number| u32::try_from(number).ok())
+        };
+        let numbers = (
+            number("actual"),
+            number("hint_command"),
+            number("hint_from_guest"),
+        );
+        let (Some(actual), Some(command), Some(from_guest)) = numbers else {
+            let why = format!("the balloon cannot go on from {state}");
+            return Err(DeviceError::Unsupported(why));
+        };
+        self.config.set(ACTUAL, &actual.to_le_bytes());
+        self.set_hint_command(command);
+        self.hint_from_guest = from_guest;
+        let acknowledge = state.get("acknowledge").and_then(DeviceState::as_bool);
+        self.acknowledge = acknowledge.unwrap_or(false);
+        self.statistics_head = number("statistics_head").and_then(|head| u16::try_from(head).ok());
         Ok(())
     }
 }

@@ -11,6 +11,8 @@ use virtio_bindings::bindings::virtio_blk::{
 
 /// Offset of the capacity in the configuration space.
 pub(super) const CAPACITY: usize = 0;
+/// Offset of blk_size.
+pub(super) const BLOCK_SIZE: usize = 20;
 /// Bytes of the configuration space.
 const SIZE: usize = 60;
 

@@ -22,7 +22,8 @@ use engine::Engine;
 use husk_config::{DeviceUpdate, Drive};
 use husk_metrics::{BlockMetrics, METRICS};
 use husk_virtio::{
-    ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, GuestMemory, VirtioDevice,
+    ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, DeviceState, GuestMemory,
+    VirtioDevice,
 };
 use request::Rules;
 use std::os::fd::RawFd;
@@ -82,6 +83,14 @@ pub enum Error {
         "the disk {0} needs blocks of {1} bytes, and the guest was told {2}; give one with smaller blocks"
     )]
     Blocks(PathBuf, u32, u32),
+    /// Another file for a saved guest.
+    #[error(
+        "the disk {0} has {1} bytes, and the guest knows one of {2}; give one that is not smaller"
+    )]
+    Smaller(PathBuf, u64, u64),
+    /// A saved disk that is none.
+    #[error("the disk {0} cannot go on from {1}")]
+    State(PathBuf, DeviceState),
     /// io_uring was asked for, and there is none.
     #[error("io_uring cannot be set up for the disk {0}; choose the engine Sync or Auto")]
     IoUring(PathBuf, #[source] std::io::Error),
@@ -205,6 +214,31 @@ impl Block {
         self.disk = disk;
         Ok(true)
     }
+
+    /// The file of a guest that goes on, which knows its size and its blocks.
+    fn go_on_from(&mut self, state: &DeviceState) -> Result<(), Error> {
+        let path = self.disk.path.clone();
+        let number = |name: &str| state.get(name).and_then(DeviceState::as_u64);
+        let blocks = number("block_size").and_then(|size| u32::try_from(size).ok());
+        let blocks = blocks.filter(|size| size.is_power_of_two() && (512..=4096).contains(size));
+        let (Some(capacity), Some(blocks)) = (number("capacity"), blocks) else {
+            return Err(Error::State(path, state.clone()));
+        };
+        if self.disk.block_size > blocks {
+            return Err(Error::Blocks(path, self.disk.block_size, blocks));
+        }
+        if self.disk.block_size < blocks {
+            self.disk.block_size = blocks;
+            self.disk.read_size()?;
+            self.config.set(layout::BLOCK_SIZE, &blocks.to_le_bytes());
+            let sectors = self.disk.sectors().to_le_bytes();
+            self.config.set(layout::CAPACITY, &sectors);
+        }
+        if self.disk.capacity < capacity {
+            return Err(Error::Smaller(path, self.disk.capacity, capacity));
+        }
+        Ok(())
+    }
 }
 
 impl VirtioDevice for Block {
@@ -285,6 +319,15 @@ impl VirtioDevice for Block {
         self.metrics.update_count.inc();
         let updated = self.change(change);
         updated.inspect_err(|_| self.metrics.update_fails.inc())
+    }
+
+    fn save(&self) -> DeviceState {
+        let (capacity, block_size) = (self.disk.capacity, self.disk.block_size);
+        serde_json::json!({ "capacity": capacity, "block_size": block_size })
+    }
+
+    fn load(&mut self, state: DeviceState) -> Result<(), DeviceError> {
+        self.go_on_from(&state).map_err(refused)
     }
 }
 

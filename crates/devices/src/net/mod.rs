@@ -72,7 +72,7 @@ pub struct Net {
     mergeable: bool,
     /// Pairs of queues that the driver uses.
     pairs: u16,
-    /// As many, of a driver whose device was saved.
+    /// As many, of a driver whose device was suspended or saved.
     loaded_pairs: Option<u16>,
     /// The cable is plugged in.
     plugged: bool,
@@ -372,6 +372,13 @@ impl VirtioDevice for Net {
     }
 
     fn stop(&mut self) -> Vec<ActiveQueue> {
+        let queues = self.suspend();
+        (self.pairs, self.loaded_pairs) = (1, None);
+        queues
+    }
+
+    fn suspend(&mut self) -> Vec<ActiveQueue> {
+        self.loaded_pairs = Some(self.pairs);
         self.interrupt = None;
         let rx = self.rx.iter_mut().filter_map(Rx::stop);
         let tx = self.tx.iter_mut().filter_map(Tx::stop);
@@ -481,7 +488,8 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self) -> DeviceState {
-        serde_json::json!({ "pairs": self.pairs, "plugged": self.plugged })
+        let pairs = self.loaded_pairs.unwrap_or(self.pairs);
+        serde_json::json!({ "pairs": pairs, "plugged": self.plugged })
     }
 
     fn load(&mut self, state: DeviceState) -> Result<(), DeviceError> {

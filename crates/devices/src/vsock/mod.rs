@@ -288,6 +288,11 @@ impl VirtioDevice for Vsock {
     /// does not reset the device.
     fn stop(&mut self) -> Vec<ActiveQueue> {
         self.transport_reset |= self.muxer.clear();
+        self.suspend()
+    }
+
+    /// Connections stay, of this device; one that is loaded has none.
+    fn suspend(&mut self) -> Vec<ActiveQueue> {
         self.mem = None;
         let queues = [self.rx.take(), self.tx.take(), self.event.take()];
         queues.into_iter().flatten().collect()

@@ -1,10 +1,10 @@
 //! A driver's view of a device over PCI, found through its capabilities as Linux does.
 
-use super::Registers;
+use super::{Registers, from_value, to_value};
 use crate::queue::QueueState;
 use crate::transport::Core;
 use crate::transport::pci::{PciTransport, layout};
-use crate::{DeviceThread, GuestMemory, VirtioDevice};
+use crate::{DeviceError, DeviceState, DeviceThread, GuestMemory, VirtioDevice};
 use husk_bus::BusDevice;
 use husk_pci::{Function, Message, MsiSink};
 use std::collections::HashMap;
@@ -256,6 +256,18 @@ impl Registers for Pci {
     }
     fn take_interrupt(&self) -> bool {
         self.sink.take() != 0
+    }
+    fn suspend(&self) {
+        self.transport.suspend();
+    }
+    fn resume(&self) {
+        self.transport.resume();
+    }
+    fn save(&self) -> DeviceState {
+        to_value(self.transport.save())
+    }
+    fn load(&self, state: DeviceState) -> Result<(), DeviceError> {
+        self.transport.load(from_value(state)?)
     }
     fn with_core(&self, what: &mut dyn FnMut(&mut Core)) {
         self.transport.with_core(|core| what(core));

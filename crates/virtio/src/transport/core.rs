@@ -2,7 +2,7 @@
 
 use crate::device::{ConfigSpace, DeviceError, DeviceInfo, DeviceState, VirtioDevice};
 use crate::queue::{ActiveQueue, QueueState};
-use crate::thread::{DeviceThread, RunningId};
+use crate::thread::{DeviceThread, RunningId, ThreadError};
 use crate::{F_EVENT_IDX, F_RING_RESET, F_VERSION_1, GuestMemory, RING_FEATURES};
 use husk_bus::Interrupt;
 use serde::{Deserialize, Serialize};
@@ -62,6 +62,12 @@ pub struct CoreState {
     pub features: u64,
     /// By number.
     pub queues: Vec<QueueSetup>,
+    /// The configuration space, as the driver knows it, and its generation.
+    #[serde(default)]
+    pub config: Vec<u8>,
+    /// See [`CoreState::config`].
+    #[serde(default)]
+    pub generation: u8,
     /// The device's own progress.
     pub device: DeviceState,
 }
@@ -127,6 +133,8 @@ pub struct Core {
     mem: GuestMemory,
     signals: Arc<Signals>,
     when_started: Option<Box<dyn FnOnce() + Send>>,
+    /// The configuration space that the driver of a loaded device knows, until that goes on.
+    loaded: Option<Vec<u8>>,
     /// Another process takes the kicks. It could fill their counters, so that a write to one waits: never with the transport locked.
     is_remote: bool,
 }
@@ -171,6 +179,7 @@ impl Core {
                 when_reset: OnceLock::new(),
             }),
             when_started: None,
+            loaded: None,
             is_remote: remote.is_some(),
         };
         core.forget_driver();
@@ -431,14 +440,28 @@ impl Core {
 
     /// Stop the device, after what is in flight, as it is: the driver learns nothing of it. Its vCPUs must not run.
     pub fn suspend(&mut self) {
-        self.stop();
+        self.take_back(DeviceThread::suspend_device);
     }
 
-    /// Let a device that was suspended, or loaded, go on.
-    pub fn resume(&mut self) {
-        if self.status & DRIVER_OK != 0 && self.status & FAILED == 0 {
+    /// Let a device that was suspended, or loaded, go on. True when it was loaded and its driver uses it: interrupts that were on
+    /// their way to the driver may be lost, and are to be repeated.
+    pub fn resume(&mut self) -> bool {
+        let loaded = self.loaded.take();
+        let used = self.status & DRIVER_OK != 0 && self.status & FAILED == 0;
+        if used {
             self.start();
         }
+        let Some(known) = loaded else {
+            return false;
+        };
+        if known != self.config.contents() {
+            let next = self.config.generation().wrapping_add(1);
+            self.config.set_generation(next);
+            if used {
+                self.signals.config();
+            }
+        }
+        used
     }
 
     /// What a snapshot must hold; None when the device was lost. Only while suspended.
@@ -454,6 +477,11 @@ impl Core {
             status: self.status(),
             features: self.accepted,
             queues: self.queues.iter().map(setup).collect(),
+            config: match &self.loaded {
+                Some(known) => known.clone(),
+                None => self.config.contents(),
+            },
+            generation: self.config.generation(),
             device: device.save(),
         })
     }
@@ -465,6 +493,8 @@ impl Core {
             status,
             features,
             queues,
+            config,
+            generation,
             device,
         } = state;
         let Place::Here(own) = &mut self.place else {
@@ -479,7 +509,13 @@ impl Core {
             let why = "the saved device has features or queues that this one has not";
             return Err(DeviceError::Unsupported(why.into()));
         }
+        if !is_reachable(status, features) {
+            let why = "the saved device has a status that no driver brings about";
+            return Err(DeviceError::Unsupported(why.into()));
+        }
         own.load(device)?;
+        self.config.set_generation(generation);
+        self.loaded = Some(config);
         self.status = status & !NEEDS_RESET;
         self.accepted = features;
         for (own, new) in self.queues.iter_mut().zip(queues) {
@@ -503,6 +539,8 @@ impl Core {
             .collect();
         if queues.len() != enabled {
             log::debug!("a virtio driver enabled a queue that is not in its memory");
+            // What a device that was suspended has kept.
+            device.stop();
             device.not_started();
             self.place = Place::Here(device);
             return self.signals.needs_reset();
@@ -553,10 +591,14 @@ impl Core {
 
     /// The device comes back from its thread, if it is there; where its queues came to is kept.
     fn stop(&mut self) {
+        self.take_back(DeviceThread::stop_device);
+    }
+
+    fn take_back(&mut self, how: TakeBack) {
         let Place::Running(id) = self.place else {
             return;
         };
-        match self.thread.stop_device(id) {
+        match how(&self.thread, id) {
             Ok((device, queues)) => {
                 self.place = Place::Here(device);
                 for queue in queues {
@@ -593,6 +635,24 @@ impl Core {
         let lost = matches!(self.place, Place::Lost);
         self.signals.needs_reset.store(lost, Ordering::Release);
     }
+}
+
+/// How a device comes back from its thread.
+type TakeBack =
+    fn(&DeviceThread, RunningId) -> Result<(Box<dyn VirtioDevice>, Vec<ActiveQueue>), ThreadError>;
+
+/// Whether a driver that keeps to the order of [`Core::set_status`] comes to `status` with `features`.
+fn is_reachable(status: u8, features: u64) -> bool {
+    let bits = ORDER.iter().map(|bit| status & bit != 0);
+    let known = ORDER
+        .iter()
+        .fold(NEEDS_RESET | FAILED, |all, bit| all | bit);
+    let in_order = bits
+        .clone()
+        .zip(bits.skip(1))
+        .all(|(before, after)| before || !after);
+    let agreed = status & FEATURES_OK == 0 || features & F_VERSION_1 != 0;
+    status & !known == 0 && in_order && agreed
 }
 
 impl Setup {

@@ -1,11 +1,12 @@
 //! virtio over MMIO (4.2): a page of registers, one interrupt line.
 
 use super::Doorbell;
-use super::core::{Core, Ring};
+use super::core::{Core, CoreState, Ring};
 use crate::GuestMemory;
-use crate::device::VirtioDevice;
+use crate::device::{DeviceError, VirtioDevice};
 use crate::thread::DeviceThread;
 use husk_bus::{BusDevice, Interrupt};
+use serde::{Deserialize, Serialize};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -107,6 +108,21 @@ struct Registers {
     queue_select: u32,
 }
 
+/// What a snapshot holds of a device behind MMIO.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MmioState {
+    /// The device.
+    pub core: CoreState,
+    /// Registers that select.
+    pub device_features_select: u32,
+    /// See above.
+    pub driver_features_select: u32,
+    /// See above.
+    pub queue_select: u32,
+    /// Causes of interrupts that the driver has not acknowledged.
+    pub interrupt_status: u32,
+}
+
 impl MmioTransport {
     /// Size of the registers in bytes.
     pub const SIZE: u64 = 0x1000;
@@ -157,6 +173,45 @@ impl MmioTransport {
     /// Call `what` once, when a driver starts the device for the first time.
     pub fn when_started(&self, what: Box<dyn FnOnce() + Send>) {
         self.lock().core.when_started(what);
+    }
+
+    /// Stop the device as it is, after what is in flight; see [`Core::suspend`].
+    pub fn suspend(&self) {
+        self.lock().core.suspend();
+    }
+
+    /// Let a device that was suspended, or loaded, go on.
+    pub fn resume(&self) {
+        let loaded = self.lock().core.resume();
+        // An edge may have been on its way when the device was saved; the driver takes a second one for what it is.
+        if loaded && self.line.status.load(Ordering::Acquire) != 0 {
+            let _ = self.line.line.write(1);
+        }
+    }
+
+    /// What a snapshot must hold; None when the device was lost. Only while suspended.
+    pub fn save(&self) -> Option<MmioState> {
+        let registers = self.lock();
+        Some(MmioState {
+            core: registers.core.save()?,
+            device_features_select: registers.device_features_select,
+            driver_features_select: registers.driver_features_select,
+            queue_select: registers.queue_select,
+            interrupt_status: self.line.status.load(Ordering::Acquire),
+        })
+    }
+
+    /// Take over what [`MmioTransport::save`] gave; see [`Core::load`].
+    pub fn load(&self, state: MmioState) -> Result<(), DeviceError> {
+        let mut registers = self.lock();
+        registers.core.load(state.core)?;
+        registers.device_features_select = state.device_features_select;
+        registers.driver_features_select = state.driver_features_select;
+        registers.queue_select = state.queue_select;
+        let known = INTERRUPT_VRING | INTERRUPT_CONFIG;
+        let status = state.interrupt_status & known;
+        self.line.status.store(status, Ordering::Release);
+        Ok(())
     }
 
     /// Use the transport's core, with vCPUs kept out meanwhile.

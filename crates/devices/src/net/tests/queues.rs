@@ -88,7 +88,7 @@ fn buffers_that_were_ready_for_a_large_packet_take_the_next_one_and_come_back() 
     });
     let queue = state.unwrap().queues[0].state;
     assert_eq!(queue.next_available, 43 + 7);
-    rig.driver.registers.with_core(&mut |core| core.resume());
+    rig.driver.registers.resume();
     far.send(0, &frame(9, 20_000));
     assert!(rig.take(0, &given)[12..] == frame(9, 20_000));
 }

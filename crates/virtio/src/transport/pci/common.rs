@@ -1,7 +1,9 @@
 //! The common configuration structure (4.1.4.3).
 
 use super::{Messages, NO_VECTOR};
-use crate::transport::{Core, Ring};
+use crate::device::DeviceError;
+use crate::transport::{Core, CoreState, Ring};
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
@@ -37,7 +39,53 @@ pub(super) struct Common {
     queue_select: u16,
 }
 
+/// What a snapshot holds of it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CommonState {
+    /// The device.
+    pub core: CoreState,
+    /// Fields that select.
+    pub device_features_select: u32,
+    /// See above.
+    pub driver_features_select: u32,
+    /// See above.
+    pub queue_select: u16,
+    /// The vector for changes of the configuration.
+    pub config_vector: u16,
+    /// The vector of each queue.
+    pub queue_vectors: Vec<u16>,
+}
+
 impl Common {
+    pub(super) fn save(&self) -> Option<CommonState> {
+        let vector = |of: &AtomicU16| of.load(Ordering::Acquire);
+        Some(CommonState {
+            core: self.core.save()?,
+            device_features_select: self.device_features_select,
+            driver_features_select: self.driver_features_select,
+            queue_select: self.queue_select,
+            config_vector: vector(&self.messages.config),
+            queue_vectors: self.messages.queues.iter().map(vector).collect(),
+        })
+    }
+
+    pub(super) fn load(&mut self, state: CommonState) -> Result<(), DeviceError> {
+        if state.queue_vectors.len() != self.messages.queues.len() {
+            let why = "the saved device has not a vector for each queue";
+            return Err(DeviceError::Unsupported(why.into()));
+        }
+        self.core.load(state.core)?;
+        self.device_features_select = state.device_features_select;
+        self.driver_features_select = state.driver_features_select;
+        self.queue_select = state.queue_select;
+        let messages = &self.messages;
+        messages.set_vector(&messages.config, state.config_vector);
+        for (own, vector) in messages.queues.iter().zip(state.queue_vectors) {
+            messages.set_vector(own, vector);
+        }
+        Ok(())
+    }
+
     pub(super) fn new(core: Core, messages: Arc<Messages>) -> Self {
         Self {
             core,

@@ -6,15 +6,18 @@ mod common;
 mod config;
 mod remote;
 
+pub use self::common::CommonState;
+
 use self::common::Common;
 use self::remote::Remote;
 use super::Doorbell;
 use super::core::Core;
 use crate::GuestMemory;
-use crate::device::VirtioDevice;
+use crate::device::{DeviceError, VirtioDevice};
 use crate::thread::DeviceThread;
 use husk_bus::{BusDevice, Interrupt};
 use husk_pci::{ConfigSpace, Function, MAX_VECTORS, MsiSink, Msix};
+use serde::{Deserialize, Serialize};
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -136,6 +139,21 @@ pub struct PciTransport {
     capabilities: config::Capabilities,
 }
 
+/// What a snapshot holds of a device behind a PCI function.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PciState {
+    /// The common configuration, and the device.
+    pub common: CommonState,
+    /// ISR status.
+    pub isr: u8,
+    /// Configuration space: of it only what a driver may write counts.
+    pub config: Vec<u8>,
+    /// MSI-X table: address (low, high), data and control of each vector.
+    pub vectors: Vec<[u32; 4]>,
+    /// Whether a message of each vector waits until it is unmasked.
+    pub pending: Vec<bool>,
+}
+
 impl PciTransport {
     /// `device` as a function that is still to be put on a bus. It runs on `thread` while its driver uses it. `sink` makes
     /// where its messages go, for that many vectors: one for each queue, one for the configuration.
@@ -186,6 +204,52 @@ impl PciTransport {
     /// may be: it must call neither.
     pub fn when_started(&self, what: Box<dyn FnOnce() + Send>) {
         self.common().core().when_started(what);
+    }
+
+    /// Stop the device as it is, after what is in flight; see [`Core::suspend`].
+    pub fn suspend(&self) {
+        self.common().core().suspend();
+    }
+
+    /// Let a device that was suspended, or loaded, go on.
+    pub fn resume(&self) {
+        let mut common = self.common();
+        // Messages may have been on their way when the device was saved; a driver that is told once more finds nothing new.
+        if common.core().resume() && self.messages.msix.is_enabled() {
+            self.messages.config();
+            let queues = 0..common.core().queue_count();
+            queues.for_each(|index| self.messages.queue(index));
+        }
+    }
+
+    /// What a snapshot must hold; None when the device was lost. Only while suspended.
+    pub fn save(&self) -> Option<PciState> {
+        let (vectors, pending) = self.messages.msix.state();
+        Some(PciState {
+            common: self.common().save()?,
+            isr: self.messages.isr.load(Ordering::Acquire),
+            config: self.lock_config().contents().to_vec(),
+            vectors,
+            pending,
+        })
+    }
+
+    /// Take over what [`PciTransport::save`] gave; see [`Core::load`]. Before the function is put on its bus, at the same number.
+    pub fn load(&self, state: PciState) -> Result<(), DeviceError> {
+        let refused = |e: husk_pci::Error| DeviceError::Unsupported(e.to_string());
+        let control = {
+            let mut config = self.lock_config();
+            config.write(0, &state.config);
+            self.capabilities.msix_control(&config)
+        };
+        let msix = &self.messages.msix;
+        msix.restore(control, &state.vectors, &state.pending)
+            .map_err(refused)?;
+        self.common().load(state.common)?;
+        let isr = state.isr & (ISR_QUEUE | ISR_CONFIG);
+        self.messages.isr.store(isr, Ordering::Release);
+        self.messages.changed();
+        Ok(())
     }
 
     /// Use the transport's core, with vCPUs kept out meanwhile.
