@@ -15,6 +15,8 @@ mod common;
 mod errors;
 #[path = "smoke/firecracker.rs"]
 mod firecracker;
+#[path = "smoke/identity.rs"]
+mod identity;
 #[path = "smoke/machine.rs"]
 mod machine;
 #[path = "smoke/metrics.rs"]

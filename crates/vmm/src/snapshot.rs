@@ -49,6 +49,9 @@ pub struct PlatformState {
     serial: serial::Registers,
     keyboard: Option<keyboard::State>,
     power_events: u8,
+    /// Guest-physical address of the VM generation ID, where the guest has been told of one.
+    #[serde(default)]
+    generation_id: Option<u64>,
 }
 
 impl PlatformState {
@@ -57,10 +60,12 @@ impl PlatformState {
             serial: platform.serial.registers(),
             keyboard: platform.keyboard.as_ref().map(|keyboard| keyboard.state()),
             power_events: platform.power.pending(),
+            generation_id: platform.generation_id,
         }
     }
 
-    pub fn restore(self, platform: &Platform) {
+    pub fn restore(self, platform: &mut Platform) {
+        platform.generation_id = self.generation_id;
         platform.power.restore(self.power_events);
         if let (Some(keyboard), Some(state)) = (&platform.keyboard, self.keyboard) {
             keyboard.restore(state);
