@@ -17,6 +17,8 @@ mod errors;
 mod firecracker;
 #[path = "smoke/forks.rs"]
 mod forks;
+#[path = "smoke/identity.rs"]
+mod identity;
 #[path = "smoke/machine.rs"]
 mod machine;
 #[path = "smoke/metrics.rs"]

@@ -114,6 +114,8 @@ const DSDT_REVISION: u8 = 2;
 const STA_WORKING: u8 = 0xf;
 /// Notification of a control-method button: it was pressed (4.8.2.2.1.2).
 const NOTIFY_BUTTON_PRESSED: u8 = 0x80;
+/// Notification of the VM generation ID's device: it is a new one.
+const NOTIFY_GENERATION: u8 = 0x80;
 
 // One byte of a local APIC entry holds the id; 255 is the broadcast id.
 const _: () = assert!(layout::MAX_CPUS < 255);
@@ -239,6 +241,7 @@ fn dsdt(config: &AcpiConfig<'_>) -> Result<Sdt, Error> {
     let mut devices = Vec::new();
     com1(&mut devices);
     power_button(&mut devices);
+    generation_id(&mut devices);
     generic_event_device(&mut devices, config.hotplug_slots > 0);
     if config.keyboard {
         keyboard(&mut devices);
@@ -313,6 +316,23 @@ fn power_button(out: &mut Vec<u8>) {
     aml::Device::new("PWRB".into(), vec![&hid(&id)]).to_aml_bytes(out);
 }
 
+/// Where the VM generation ID lies (Microsoft, "Virtual Machine Generation ID"): `ADDR` is the lower and the upper half of its
+/// address. Guests know the device by its `_CID`, Linux by a `_HID` of its own, too.
+fn generation_id(out: &mut Vec<u8>) {
+    let [low, high] = [0, 32].map(|shift| (layout::GENERATION_ID >> shift) as u32);
+    let address = aml::Package::new(vec![&low, &high]);
+    aml::Device::new(
+        "VGEN".into(),
+        vec![
+            &hid(&"VMGENCTR"),
+            &aml::Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &aml::Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &aml::Name::new("ADDR".into(), &address),
+        ],
+    )
+    .to_aml_bytes(out);
+}
+
 /// Generic Event Device (5.6.9). `_EVT` reads the events register once, as reading clears it.
 fn generic_event_device(out: &mut Vec<u8>, hotplug: bool) {
     let irq = interrupt(layout::EVENTS_IRQ);
@@ -336,10 +356,14 @@ fn generic_event_device(out: &mut Vec<u8>, hotplug: bool) {
     let button = Path::new("\\_SB_.PWRB");
     let notify = aml::Notify::new(&button, &NOTIFY_BUTTON_PRESSED);
     let handle = aml::If::new(&pressed, vec![&notify]);
+    let cloned = aml::And::new(&aml::ZERO, &events, &layout::EVENT_GENERATION);
+    let generation = Path::new("\\_SB_.VGEN");
+    let notify = aml::Notify::new(&generation, &NOTIFY_GENERATION);
+    let renewed = aml::If::new(&cloned, vec![&notify]);
     let changed = aml::And::new(&aml::ZERO, &events, &layout::EVENT_PCI);
     let look = aml::MethodCall::new("\\_SB_.PCI0.LOOK".into(), Vec::new());
     let slots = aml::If::new(&changed, vec![&look]);
-    let mut body: Vec<&dyn Aml> = vec![&read, &handle];
+    let mut body: Vec<&dyn Aml> = vec![&read, &handle, &renewed];
     if hotplug {
         body.push(&slots);
     }

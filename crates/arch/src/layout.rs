@@ -13,6 +13,7 @@
 //! 0x0009_fc00  end of usable low memory
 //! 0x000e_0000  ACPI tables
 //! 0x000f_0000  MP floating pointer and MP table
+//! 0x000f_2000  VM generation ID
 //! 0x0010_0000  high memory: kernel, initrd, the rest
 //! 0xc000_0000  the hole: devices; nothing below 4 GiB is memory from here on
 //! 0x1_0000_0000  memory again
@@ -46,6 +47,8 @@ pub const ACPI_SIZE: u64 = 0x1_0000;
 pub const MP_TABLE: u64 = 0xf_0000;
 /// Room for the MP table, in bytes.
 pub const MP_TABLE_SIZE: u64 = 0x2000;
+/// VM generation ID, in a page of its own, which the guest's memory map reserves.
+pub const GENERATION_ID: u64 = 0xf_2000;
 /// Start of high memory.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 
@@ -110,6 +113,8 @@ pub const SLEEP_TYPE_S5: u8 = 5;
 pub const EVENT_POWER_BUTTON: u8 = 1;
 /// Bit of [`EVENTS_PORT`]: a device came to the PCI bus, or shall go.
 pub const EVENT_PCI: u8 = 2;
+/// Bit of [`EVENTS_PORT`]: the VM generation ID is a new one.
+pub const EVENT_GENERATION: u8 = 4;
 
 /// Interrupt line of the keyboard, where a VM has one.
 pub const KEYBOARD_IRQ: u32 = 1;
@@ -122,6 +127,8 @@ pub const VIRTIO_IRQ: u32 = 6;
 /// Number of I/O APIC pins.
 pub const IO_APIC_PINS: u32 = 24;
 
+const _: () =
+    assert!(MP_TABLE + MP_TABLE_SIZE <= GENERATION_ID && GENERATION_ID + 0x1000 <= HIGH_MEMORY);
 // Slots of virtio-mmio are far fewer than would reach the window.
 const _: () = assert!(VIRTIO_MMIO + 256 * VIRTIO_MMIO_SIZE <= PCI_WINDOW);
 const _: () = assert!(PCI_WINDOW + PCI_WINDOW_SIZE <= PCI_ECAM);

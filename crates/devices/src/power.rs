@@ -27,6 +27,8 @@ pub const EVENT_POWER_BUTTON: u8 = 1;
 
 /// Bit of [`EVENTS`]: a device came to the PCI bus, or shall go.
 pub const EVENT_PCI: u8 = 2;
+/// Bit of [`EVENTS`]: the VM generation ID is a new one.
+pub const EVENT_GENERATION: u8 = 4;
 
 const SLEEP_TYPE_SHIFT: u8 = 2;
 const SLEEP_TYPE_MASK: u8 = 7;
@@ -61,6 +63,12 @@ impl PowerPorts {
         pulse(&self.irq);
     }
 
+    /// Have the guest look at the VM generation ID.
+    pub fn notify_generation(&self) {
+        self.pending.fetch_or(EVENT_GENERATION, Ordering::AcqRel);
+        pulse(&self.irq);
+    }
+
     /// Interrupt again for events that the guest has not taken: an edge that came before its driver was there is lost. For
     /// whoever can wait.
     pub fn remind(&self) {
@@ -82,7 +90,7 @@ impl PowerPorts {
 
     /// Put back what [`PowerPorts::pending`] told. Its interrupt is in the state of the interrupt controllers.
     pub fn restore(&self, pending: u8) {
-        let known = EVENT_POWER_BUTTON | EVENT_PCI;
+        let known = EVENT_POWER_BUTTON | EVENT_PCI | EVENT_GENERATION;
         self.pending.store(pending & known, Ordering::Release);
     }
 
@@ -177,6 +185,10 @@ mod tests {
         ports.remind();
         assert_eq!(line.read().unwrap(), 3);
         assert_eq!(read(&ports, EVENTS), EVENT_POWER_BUTTON | EVENT_PCI);
+        ports.notify_generation();
+        assert!(!ports.is_press_pending());
+        assert_eq!(line.read().unwrap(), 1);
+        assert_eq!(read(&ports, EVENTS), EVENT_GENERATION);
         ports.remind();
         assert!(line.read().is_err());
     }

@@ -7,6 +7,7 @@
 mod devices;
 mod error;
 mod footprint;
+mod generation;
 mod host;
 mod lifecycle;
 mod load;

@@ -29,6 +29,8 @@ pub struct Platform {
     pub hotplug: Option<Arc<PciHotplug>>,
     /// Places of the PCI bus for devices that come and go, and for the others.
     pub slots: usize,
+    /// Where the guest finds its VM generation ID: none where it booted before there was one.
+    pub generation_id: Option<u64>,
 }
 
 pub fn hotplug_slots(config: &VmConfig, host: &Host) -> usize {
@@ -123,6 +125,7 @@ pub fn platform(
         keyboard,
         hotplug,
         slots,
+        generation_id: None,
     };
     Ok((Arc::new(shared), platform))
 }

@@ -59,6 +59,9 @@ pub struct PlatformState {
     /// Places of the PCI bus that the guest's tables tell of.
     #[serde(default)]
     hotplug_slots: usize,
+    /// Guest-physical address of the VM generation ID, where the guest has been told of one.
+    #[serde(default)]
+    generation_id: Option<u64>,
 }
 
 impl PlatformState {
@@ -72,6 +75,7 @@ impl PlatformState {
                 .as_ref()
                 .map_or_else(Default::default, |hotplug| hotplug.state()),
             hotplug_slots: platform.slots,
+            generation_id: platform.generation_id,
         }
     }
 
@@ -80,7 +84,8 @@ impl PlatformState {
         self.hotplug_slots.min(devices::MOST_ON_PCI)
     }
 
-    pub fn restore(self, platform: &Platform) {
+    pub fn restore(self, platform: &mut Platform) {
+        platform.generation_id = self.generation_id;
         platform.power.restore(self.power_events);
         if let (Some(keyboard), Some(state)) = (&platform.keyboard, self.keyboard) {
             keyboard.restore(state);

@@ -3,6 +3,7 @@
 use crate::Prepared;
 use crate::devices::{self, Devices, IoThreads, Place};
 use crate::error::Error;
+use crate::generation::{self, Kept, News};
 use crate::host::{Host, Watch};
 use crate::lifecycle::Outcome;
 use crate::load::load;
@@ -20,7 +21,7 @@ use husk_arch::memory_map::Range;
 use husk_arch::{layout, mptable};
 use husk_config::{DeviceUpdate, HugePages, MachineConfig, NewDevice, VmConfig};
 use husk_devices::boot_timer;
-use husk_kvm::{Kvm, Vcpu, VcpuState};
+use husk_kvm::{Kvm, Vcpu};
 use husk_loader::Kernel;
 use husk_sandbox::{Filters, Kind};
 use std::path::Path;
@@ -255,6 +256,8 @@ impl Vm {
     /// All of a VM that is paused, but its memory, which devices leave alone until the second of both is dropped.
     fn state(&self, config: &VmConfig) -> Result<(Snapshot, Still<'_>), Error> {
         snapshot::check(config)?;
+        // Those of a VM that was just loaded may still be on their way to where they park; asked before, they would not hear it.
+        self.pause()?;
         let msrs = Kvm::open()?.state_msrs()?;
         // Before the vCPUs tell: devices still complete requests, write to memory, and interrupt.
         let still = Still::new(&self.devices);
@@ -443,7 +446,7 @@ impl Ready {
                 (Some(devices), saved.platform.hotplug_slots())
             }
         };
-        let (shared, platform) = platform(&kvm, config, host, asked, places)?;
+        let (shared, mut platform) = platform(&kvm, config, host, asked, places)?;
         let place = Place {
             slots,
             bus: &shared.mmio,
@@ -455,12 +458,23 @@ impl Ready {
         let devices = Devices::attach(opened, config.pci, &place, saved_devices)?;
         let template = first.template()?;
         let (entry, others_saved) = match start {
-            Start::Boot(boot) => (Entry::Boot(boot), Vec::new()),
+            Start::Boot(boot) => {
+                platform.generation_id = Some(layout::GENERATION_ID);
+                (Entry::Boot(boot), Vec::new())
+            }
             Start::Saved(saved) => {
                 kvm.restore(&saved.vm, false)?;
-                saved.platform.restore(&platform);
+                saved.platform.restore(&mut platform);
                 shared.pause.begin_stopped();
-                let mut vcpus = saved.vcpus.into_iter();
+                let news = platform.generation_id.map(|address| {
+                    generation::renew(&memory, address)?;
+                    Ok::<_, Error>(News::new(&platform.power, saved.vcpus.len() as u32))
+                });
+                let news = news.transpose()?;
+                let mut vcpus = saved.vcpus.into_iter().map(|state| Kept {
+                    state,
+                    news: news.clone(),
+                });
                 let first = vcpus.next().ok_or(Error::State("no vCPU was saved"))?;
                 (Entry::Saved(Box::new(first)), vcpus.collect())
             }
@@ -489,7 +503,7 @@ impl Ready {
             let filters = host.filters.clone();
             let body = move || {
                 let ready = match saved {
-                    Some(state) => vcpu.restore(&state).map_err(Error::from),
+                    Some(kept) => kept.restore(&mut vcpu),
                     None => template.set_up(&vcpu, index),
                 };
                 filters.confine(Kind::Vcpu);
@@ -537,7 +551,7 @@ enum Entry {
     /// At the kernel's entry.
     Boot(Box<BootState>),
     /// Where it was.
-    Saved(Box<VcpuState>),
+    Saved(Box<Kept>),
 }
 
 /// What the boot vCPU's thread needs to enter the guest.
@@ -569,7 +583,7 @@ impl BootProcessor {
             if let Ok(Go { shared, entry }) = recv_soon(&told) {
                 let ready = match entry {
                     Entry::Boot(boot) => set_entry(&vcpu, &boot),
-                    Entry::Saved(state) => vcpu.restore(&state).map_err(Error::from),
+                    Entry::Saved(kept) => kept.restore(&mut vcpu),
                 };
                 vcpu::enter(0, &mut vcpu, &shared, ready);
             }
@@ -691,6 +705,7 @@ fn prepare_boot(
         keyboard: config.keyboard,
     };
     memory.write(layout::ACPI, &acpi::tables(&acpi, layout::ACPI)?)?;
+    generation::renew(memory, layout::GENERATION_ID)?;
     memory.write(layout::MP_TABLE, &mptable::table(cpus, layout::MP_TABLE)?)?;
     host.timeline.reach(Phase::KernelLoaded);
     Ok(boot)

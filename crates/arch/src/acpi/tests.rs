@@ -188,6 +188,32 @@ fn the_dsdt_has_what_a_guest_needs_to_power_off_and_to_hear_the_power_button() {
 }
 
 #[test]
+fn a_guest_finds_the_generation_id_and_is_told_of_a_new_one() {
+    let image = build(1, &[]);
+    let [_, _, dsdt] = follow(&image);
+    // Name (ADDR, Package () {low, high})
+    let mut address = b"\x08ADDR\x12\x08\x02\x0c".to_vec();
+    address.extend((layout::GENERATION_ID as u32).to_le_bytes());
+    address.push(0);
+    for part in [
+        &b"\x08_HID\x0dVMGENCTR\0"[..],
+        b"\x08_CID\x0dVM_Gen_Counter\0",
+        b"\x08_DDN\x0dVM_Gen_Counter\0",
+        &address,
+        // Notify (\_SB.VGEN, 0x80)
+        b"\x86\\\x2e_SB_VGEN\x0a\x80",
+    ] {
+        assert!(contains(dsdt, part), "{part:02x?}");
+    }
+    // 8-byte aligned, in memory that is there and that no guest takes for its own.
+    assert!(layout::GENERATION_ID.is_multiple_of(8));
+    for (range, kind) in crate::memory_map::e820(32 << 20) {
+        let inside = range.start <= layout::GENERATION_ID && layout::GENERATION_ID < range.end();
+        assert_eq!(inside, kind == crate::memory_map::TYPE_RESERVED);
+    }
+}
+
+#[test]
 fn with_pci_there_are_a_host_bridge_its_window_and_ecam_which_is_reserved() {
     let config = AcpiConfig {
         cpus: 1,
