@@ -22,7 +22,7 @@ use husk_sandbox::{Filters, Kind};
 use husk_virtio::transport::mmio::MmioTransport;
 use husk_virtio::transport::pci::PciTransport;
 use husk_virtio::transport::{Core, Doorbell};
-use husk_virtio::{DeviceThread, GuestMemory, VirtioDevice};
+use husk_virtio::{DeviceThread, GuestMemory, VirtioDevice, WriteLog};
 use opened::{VSOCK, open_drive, open_interface, open_vsock, take};
 use std::fmt::Write;
 use std::sync::mpsc::{Sender, channel};
@@ -279,6 +279,8 @@ pub struct Place<'a> {
     pub filters: &'a Filters,
     /// Hears when one is reset.
     pub watch: &'a Watch,
+    /// Hears what they write to memory.
+    pub log: Option<&'a Arc<WriteLog>>,
 }
 
 impl Devices {
@@ -315,6 +317,9 @@ impl Devices {
             (None, Some(slot)) => attach_mmio(device, io, place, slot, doorbells)?,
             (None, None) => return Err(Error::State("a device has no place")),
         };
+        if let Some(log) = place.log {
+            transport.with_core(|core| core.log_writes(Arc::clone(log)));
+        }
         let (name, watch) = (id.clone(), place.watch.clone());
         let told = Mutex::new(None::<Instant>);
         let tell = move || {

@@ -1,6 +1,7 @@
 //! Building a VM from its configuration, and taking it down again.
 
 use crate::Prepared;
+use crate::changes::{Changes, Taken};
 use crate::devices::{self, Devices, IoThreads, Place};
 use crate::error::Error;
 use crate::host::{Host, Watch};
@@ -18,12 +19,12 @@ use husk_arch::acpi::{self, AcpiConfig, MmioSlot};
 use husk_arch::boot::BootState;
 use husk_arch::memory_map::Range;
 use husk_arch::{layout, mptable};
-use husk_config::{DeviceUpdate, MachineConfig, NewDevice, VmConfig};
+use husk_config::{CreateSnapshot, DeviceUpdate, MachineConfig, NewDevice, VmConfig};
 use husk_devices::boot_timer;
 use husk_kvm::{Kvm, Vcpu, VcpuState};
 use husk_loader::Kernel;
 use husk_sandbox::{Filters, Kind};
-use std::path::Path;
+use husk_snapshot::Lineage;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
@@ -41,6 +42,7 @@ pub struct Vm {
     kvm: Arc<husk_kvm::Vm>,
     filters: Filters,
     watch: Watch,
+    changes: Changes,
     memory: GuestMemory,
 }
 
@@ -161,6 +163,7 @@ impl Vm {
             kvm: &self.kvm,
             filters: &self.filters,
             watch: &self.watch,
+            log: self.memory.log(),
         };
         let slot = self.devices.plug(device, self.platform.slots, &place)?;
         if let Some(hotplug) = &self.platform.hotplug {
@@ -246,18 +249,49 @@ impl Vm {
         self.shared.pause.go_on();
     }
 
-    /// Keep all of a VM that is paused, in two files.
-    pub fn save(&self, config: &VmConfig, state: &Path, memory: &Path) -> Result<(), Error> {
+    /// Keep a VM that is paused, in two files. An error changes nothing for the next time.
+    pub fn save(&mut self, config: &VmConfig, create: &CreateSnapshot) -> Result<(), Error> {
         snapshot::check(config)?;
+        let parent = self.changes.parent(create, &self.memory)?;
         let msrs = Kvm::open()?.state_msrs()?;
         let (shared, count) = (&self.shared, self.threads.len() as u32);
         let ask = || shared.pause.ask();
         let vcpus = shared.census.take(msrs, count, ask, PAUSE_LIMIT)?;
+        // Behind the vCPUs' state: to ask for it has KVM write to memory.
+        let taken = self.changes.take(&self.kvm, &self.memory)?;
+        let written = self.write_snapshot(config, create, vcpus, parent.map(|id| (id, &taken)));
+        match &written {
+            Ok(id) => self.changes.kept(id, create),
+            Err(_) => self.changes.put_back(&taken),
+        }
+        written.map(drop)
+    }
+
+    /// Write the files of a snapshot, or of a diff to what is called so, with the changes since; its name.
+    fn write_snapshot(
+        &self,
+        config: &VmConfig,
+        create: &CreateSnapshot,
+        vcpus: Vec<VcpuState>,
+        diff: Option<(String, &Taken)>,
+    ) -> Result<String, Error> {
+        let (id, memory) = (snapshot::new_id()?, &create.mem_file_path);
         let (size, vm) = (self.memory.size(), self.kvm.state()?);
-        let snapshot = Snapshot::new(config, size, vm, vcpus, &self.platform)?;
+        let lineage = match diff {
+            None => {
+                snapshot::write_memory(&self.memory, memory)?;
+                Lineage::full(id.clone())
+            }
+            Some((parent, taken)) => {
+                let pages = taken.pages(&self.memory);
+                snapshot::write_pages(&self.memory, &pages, memory)?;
+                Lineage::diff(id.clone(), parent, &pages)
+            }
+        };
+        let snapshot = Snapshot::new(config, (size, lineage), vm, vcpus, &self.platform)?;
         // The state comes last: without it there is no snapshot.
-        snapshot::write_memory(&self.memory, memory)?;
-        Ok(husk_snapshot::write_state(state, &snapshot)?)
+        husk_snapshot::write_state(&create.snapshot_path, &snapshot)?;
+        Ok(id)
     }
 
     /// End the VM with `outcome` unless it has ended already.
@@ -355,10 +389,13 @@ impl Ready {
     ) -> Result<(Self, T), Error> {
         // Before KVM's descriptors, so that it is dropped after them.
         let (size, pages) = (memory_size(&wanted.machine)?, wanted.machine.huge_pages);
-        let memory = match wanted.shared_memory {
+        let mut memory = match wanted.shared_memory {
             true => GuestMemory::shared(size, pages)?,
             false => GuestMemory::new(size, pages)?,
         };
+        if wanted.machine.track_dirty_pages {
+            memory.track();
+        }
         let kvm = Arc::new(Kvm::open()?);
         // It takes a while to start, and is there when it is needed.
         let mut first = BootProcessor::start(Arc::clone(&kvm), wanted, aids)?;
@@ -399,12 +436,15 @@ impl Ready {
             kvm: &kvm,
             filters: &host.filters,
             watch: &host.watch,
+            log: memory.log(),
         };
         let devices = Devices::attach(opened, config.pci, &place)?;
         let template = first.template()?;
+        let mut changes = Changes::new(&memory, None);
         let (entry, others_saved) = match start {
             Start::Boot(boot) => (Entry::Boot(boot), Vec::new()),
-            Start::Saved(saved) => {
+            Start::Saved(mut saved) => {
+                changes = Changes::new(&memory, Some(&mut saved));
                 kvm.restore(&saved.vm, false)?;
                 saved.platform.restore(&platform);
                 shared.pause.begin_stopped();
@@ -428,6 +468,7 @@ impl Ready {
             kvm,
             filters: host.filters.clone(),
             watch: Arc::clone(&host.watch),
+            changes,
             memory,
         };
         let mut others_saved = others_saved.into_iter();
