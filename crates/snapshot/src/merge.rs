@@ -400,3 +400,6 @@ fn clear(file: &File, start: u64, length: u64) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -697,6 +697,52 @@ mod tests {
     }
 
     #[test]
+    fn what_a_device_writes_is_noted() {
+        for event_idx in [true, false] {
+            let (mut driver, device) = queue();
+            let log = Arc::new(WriteLog::new([(0, MEMORY), (SECOND, MEMORY)]));
+            let mut device = device.log_writes(Some(Arc::clone(&log)));
+            device.event_idx = event_idx;
+            let noted = |log: &WriteLog| {
+                let mut pages = Vec::new();
+                for (region, words) in log.take().iter().enumerate() {
+                    let bits = words.iter().zip((0..).step_by(64));
+                    let bits = bits
+                        .flat_map(|(word, at)| (0..64).map(move |bit| (word >> bit & 1, at + bit)));
+                    pages.extend(
+                        bits.filter(|(set, _)| *set == 1)
+                            .map(|(_, page)| (region, page)),
+                    );
+                }
+                pages
+            };
+            let used = (0, 0x10_2000 / 4096);
+            add(
+                &mut driver,
+                &[(0x5000, 10)],
+                &[(0x1fff, 2), (SECOND + 0x3000, 1)],
+            );
+            let mut chain = Chain::default();
+            assert!(device.pop(&mut chain).unwrap());
+            assert_eq!(noted(&log), [(0, 1), (0, 2), (1, 3)]);
+            // Buffers that are in the chain already were noted before.
+            add(&mut driver, &[], &[(0x7000, 4096)]);
+            assert!(device.pop_more(&mut chain).unwrap());
+            assert_eq!(noted(&log), [(0, 7)]);
+            device.add_used(chain.head, 1).unwrap();
+            assert_eq!(noted(&log), [used]);
+            device.publish().unwrap();
+            assert_eq!(noted(&log), [used]);
+            device.enable_kicks().unwrap();
+            assert_eq!(noted(&log), [used]);
+            device.disable_kicks().unwrap();
+            assert_eq!(noted(&log).len(), usize::from(!event_idx));
+            device.note_written(0x9000, 8192);
+            assert_eq!(noted(&log), [(0, 9), (0, 10)]);
+        }
+    }
+
+    #[test]
     fn chains_follow_each_other_in_one_list() {
         let (mut driver, mut device) = queue();
         let (a, b, c) = ((0x1000, 10), (SECOND, 20), (MEMORY - 30, 30));
