@@ -3,7 +3,14 @@
 // s  writes a new number to every fourth of 10240 pages (40 MiB)
 // z  makes the first 64 of them zero, all bytes
 // c  says a number that depends on the first word of each of the 10240 pages
+// With SMALL they are a tenth as many.
 #include "common.h"
+
+#ifdef SMALL
+#define COUNT   256
+#else
+#define COUNT   2560
+#endif
 
 #define PAGES   0x2000000
 
@@ -26,7 +33,7 @@ row:    mov     $4096, %r8d
 some:   mov     $16384, %r8d
 1:      inc     %rbx
         mov     $PAGES, %r12d
-        mov     $2560, %ecx
+        mov     $COUNT, %ecx
 2:      add     $0x1e3779b9, %rbx
         mov     %rbx, (%r12)
         add     %r8, %r12
@@ -43,7 +50,7 @@ done:   print   "done\n"
         jmp     next
 
 check:  mov     $PAGES, %r12d
-        mov     $10240, %ecx
+        mov     $(4 * COUNT), %ecx
         xor     %eax, %eax
 3:      rol     $1, %rax
         add     (%r12), %rax
