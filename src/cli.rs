@@ -319,6 +319,10 @@ pub struct SnapshotArgs {
     )]
     pub api_sock: Option<PathBuf>,
 
+    /// Keep only what has changed since the last snapshot of the VM, or since it went on from one
+    #[arg(long)]
+    pub diff: bool,
+
     /// Where it is kept, in the files `state` and `memory`; made when there is none
     #[arg(value_name = "DIR", required = true)]
     pub dir: Option<PathBuf>,
@@ -331,6 +335,18 @@ pub enum SnapshotCommand {
         /// The file, or the directory that it is in
         #[arg(value_name = "FILE")]
         file: PathBuf,
+    },
+    /// Lay a diff over the snapshot to which it is the difference
+    Merge {
+        /// The directory of that snapshot, which the result replaces in one step
+        #[arg(value_name = "BASE")]
+        base: PathBuf,
+        /// The directory of the diff, which stays as it is
+        #[arg(value_name = "DIFF")]
+        diff: PathBuf,
+        /// Leave the base as it is, and make this directory
+        #[arg(long, short, value_name = "DIR")]
+        output: Option<PathBuf>,
     },
 }
 
@@ -385,6 +401,10 @@ pub struct RestoreArgs {
     /// Let the VM be steered over a Unix socket
     #[arg(long, value_name = "PATH")]
     pub api_sock: Option<PathBuf>,
+
+    /// Have KVM note which pages the guest writes, for diff snapshots that take no longer than what has changed
+    #[arg(long)]
+    pub track_dirty_pages: bool,
 
     #[command(flatten)]
     pub seccomp: SeccompArgs,
@@ -666,6 +686,8 @@ Examples:
   husk snapshot -s /tmp/vm.sock kept        pauses the guest for a moment, if it runs
   husk snapshot info kept
   husk restore kept                         as often as you like, and at the same time
+  husk snapshot --diff -s /tmp/vm.sock change    what has changed since; of a VM with track_dirty_pages
+  husk snapshot merge kept change
 
 Exit status of `husk snapshot`: 0, or 1 when the VM refuses or nobody answers; of `husk restore`: as of `husk run`.";
 

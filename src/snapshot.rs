@@ -7,26 +7,26 @@ use crate::session::{First, Options, Session};
 use crate::socket::ApiSocket;
 use crate::{Failure, print};
 use husk_config::{Fork, LoadSnapshot};
+use husk_snapshot::{MEMORY, STATE};
 use serde_json::{Value, json};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Files of a snapshot in its directory.
-const STATE: &str = "state";
-const MEMORY: &str = "memory";
-
 /// Keep a VM, or tell of one that is kept. The exit status, unless nobody could be asked.
 pub fn snapshot(arguments: &SnapshotArgs) -> Result<u8, Failure> {
     match (&arguments.command, &arguments.api_sock, &arguments.dir) {
         (Some(SnapshotCommand::Info { file }), ..) => info(file),
-        (None, Some(socket), Some(dir)) => keep(socket, dir),
+        (Some(SnapshotCommand::Merge { base, diff, output }), ..) => {
+            merge(base, diff, output.as_deref())
+        }
+        (None, Some(socket), Some(dir)) => keep(socket, dir, arguments.diff),
         (None, ..) => Err(Failure::usage("give --api-sock and a directory")),
     }
 }
 
 /// The guest stands still meanwhile, and runs afterwards if it did before.
-fn keep(socket: &Path, dir: &Path) -> Result<u8, Failure> {
+fn keep(socket: &Path, dir: &Path, diff: bool) -> Result<u8, Failure> {
     let fault = |e| Failure::usage(format!("{}: {e}", dir.display()));
     if !dir.is_dir() {
         let mut builder = std::fs::DirBuilder::new();
@@ -43,12 +43,36 @@ fn keep(socket: &Path, dir: &Path) -> Result<u8, Failure> {
             return print_answer(&paused);
         }
     }
-    let places = json!({ "snapshot_path": dir.join(STATE), "mem_file_path": dir.join(MEMORY) });
+    let places = json!({
+        "snapshot_path": dir.join(STATE),
+        "mem_file_path": dir.join(MEMORY),
+        "snapshot_type": if diff { "Diff" } else { "Full" },
+    });
     let kept = send(socket, "PUT", "/snapshot/create", &places.to_string());
     if runs {
         send(socket, "PATCH", "/vm", r#"{"state":"Resumed"}"#)?;
     }
     print_answer(&kept?)
+}
+
+fn merge(base: &Path, diff: &Path, output: Option<&Path>) -> Result<u8, Failure> {
+    let merged = husk_snapshot::merge(base, diff, output);
+    let merged = merged.map_err(|e| match e {
+        husk_snapshot::Error::Write { .. } => Failure::host(husk_vmm::chain(&e)),
+        e => Failure::usage(husk_vmm::chain(&e)),
+    })?;
+    let kind = match merged.is_diff {
+        true => "a diff to the base's own base",
+        false => "complete",
+    };
+    let place = output.unwrap_or(base).display();
+    print(
+        format!(
+            "{place}: {} pages were laid over it, it is {kind}\n",
+            merged.pages
+        )
+        .as_bytes(),
+    )
 }
 
 fn info(file: &Path) -> Result<u8, Failure> {
@@ -96,7 +120,7 @@ pub fn restore(arguments: &RestoreArgs, start: Instant) -> Result<u8, Failure> {
         snapshot_path: arguments.dir.join(STATE),
         mem_backend: None,
         mem_file_path: Some(arguments.dir.join(MEMORY)),
-        track_dirty_pages: false,
+        track_dirty_pages: arguments.track_dirty_pages,
         resume_vm: !arguments.paused,
     };
     let socket = |path: &PathBuf| ApiSocket {

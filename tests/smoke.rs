@@ -11,6 +11,8 @@ mod bad_clients;
 #[path = "smoke/bench.rs"]
 mod bench;
 mod common;
+#[path = "smoke/diffs.rs"]
+mod diffs;
 #[path = "smoke/errors.rs"]
 mod errors;
 #[path = "smoke/firecracker.rs"]

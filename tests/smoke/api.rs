@@ -37,6 +37,17 @@ impl Served {
         }
     }
 
+    /// What a command starts that serves on `socket`.
+    pub fn of(command: &mut std::process::Command, socket: PathBuf) -> Self {
+        let vm = Vm::start(command, LIMIT);
+        wait_for(&socket, &vm);
+        Self {
+            vm,
+            socket,
+            _dir: temp_dir(),
+        }
+    }
+
     /// With a payload kernel that counts on its console until it is ended.
     pub fn booted(arguments: &[&str]) -> Self {
         let mut served = Self::start(arguments);

@@ -116,7 +116,7 @@ fn a_snapshot_is_refused_where_it_cannot_be_made() {
     let mut diff = places(dir.path());
     diff["snapshot_type"] = "Diff".into();
     let said = served.refused("PUT", "/snapshot/create", diff);
-    assert!(said.contains("not supported yet"), "{said}");
+    assert!(said.contains("needs track_dirty_pages"), "{said}");
     served.done("PATCH", "/vm", json!({ "state": "Resumed" }));
     let said = served.refused("PUT", "/snapshot/create", places(dir.path()));
     assert!(said.contains("pause it first"), "{said}");

@@ -4,7 +4,7 @@ use crate::parse::{Call, Refused, parse};
 use bytes::Bytes;
 use http_body_util::channel::{Channel, Sender as BodySender};
 use http_body_util::{BodyExt, Either, Full, LengthLimitError, Limited};
-use husk_config::{Answer, Event, VmmRequest};
+use husk_config::{Answer, Event, SnapshotType, VmmRequest};
 use husk_metrics::METRICS;
 use hyper::body::{Frame, Incoming};
 use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue, SERVER};
@@ -263,7 +263,10 @@ async fn answer(
             let latency = match &request {
                 VmmRequest::Pause => Some(&METRICS.latencies_us.pause_vm),
                 VmmRequest::Resume => Some(&METRICS.latencies_us.resume_vm),
-                VmmRequest::CreateSnapshot(_) => Some(&METRICS.latencies_us.full_create_snapshot),
+                VmmRequest::CreateSnapshot(create) => Some(match create.snapshot_type {
+                    SnapshotType::Full => &METRICS.latencies_us.full_create_snapshot,
+                    SnapshotType::Diff => &METRICS.latencies_us.diff_create_snapshot,
+                }),
                 VmmRequest::LoadSnapshot(_) => Some(&METRICS.latencies_us.load_snapshot),
                 _ => None,
             };

@@ -100,6 +100,15 @@ impl Vm {
         })
     }
 
+    /// The pages of memory slot `slot`, of `size` bytes, that the guest or KVM itself has written since the last call: a bit for each, lowest
+    /// first. Only where [`Vm::set_memory_slot`] was told to track.
+    pub fn dirty_log(&self, slot: u32, size: u64) -> Result<Vec<u64>, Error> {
+        let size = usize::try_from(size).unwrap_or(usize::MAX);
+        self.fd
+            .get_dirty_log(slot, size)
+            .map_err(|e| Error::Ioctl("KVM_GET_DIRTY_LOG", e))
+    }
+
     /// Pulse interrupt line `gsi` whenever `event` is written, with no exit to the monitor.
     pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), Error> {
         self.fd
@@ -179,7 +188,7 @@ mod tests {
             let vm = Kvm::open().unwrap().create_vm().unwrap();
             // SAFETY: the memory is there for ever, and nobody else's.
             unsafe { vm.set_memory_slot(0, 0, 2 << 12, host, track) }.unwrap();
-            let log = vm.fd.get_dirty_log(0, 2 << 12);
+            let log = vm.dirty_log(0, 2 << 12);
             assert_eq!(log.is_ok(), track, "{log:?}");
         }
     }

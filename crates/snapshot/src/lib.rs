@@ -4,13 +4,23 @@
 //! checksum. What follows is JSON as well, and the last. Fields may be added to it without a new version: a reader passes over what it does not know,
 //! and gives what is missing its default.
 //!
-//! A memory file has each byte of guest memory at its place, ranges one behind the other; what is zero is a hole.
+//! A memory file has each byte of guest memory at its place, ranges one behind the other; what is zero is a hole. That of a diff is as
+//! large, and has only some pages: those that the state lists ([`Diff`]). Of these, too, what is zero is a hole. Extents decide nothing:
+//! file systems may have data where nothing was written.
 //!
 //! Both are written beside their place, synchronised and renamed, so that whoever looks sees the old file or the new one, whole.
 //!
 //! **Architecture Invariant:** a leaf. Nothing here knows KVM, devices or guest memory. Files are hostile: what is read is
 //! bounded and checked before it is believed.
 #![forbid(unsafe_code)]
+
+mod lineage;
+mod merge;
+mod pages;
+
+pub use lineage::{Diff, Lineage};
+pub use merge::{MEMORY, Merged, STATE, merge};
+pub use pages::{PAGE, Pages, Run};
 
 use rustix::fs::{fdatasync, ftruncate};
 use serde::de::DeserializeOwned;
@@ -82,6 +92,26 @@ pub enum Error {
         /// Where and why.
         source: serde_json::Error,
     },
+    /// What it says of itself and of its parent makes no sense.
+    #[error("{} lists names or pages that no snapshot has", .0.display())]
+    Lineage(PathBuf),
+    /// Nothing to be laid over another.
+    #[error("{} is no diff: it is complete", .0.display())]
+    NoDiff(PathBuf),
+    /// Only some of the pages.
+    #[error("{} is a diff of another snapshot; lay it over that first: husk snapshot merge", .0.display())]
+    IsDiff(PathBuf),
+    /// Not the parent.
+    #[error("{} is not the difference to {}, but to another snapshot", diff.display(), base.display())]
+    OtherBase {
+        /// The diff.
+        diff: PathBuf,
+        /// What it was to be laid over.
+        base: PathBuf,
+    },
+    /// It would be gone, and with it what the diff is worth.
+    #[error("{} is the snapshot to which this would be the difference; write the diff to another place", .0.display())]
+    OverBase(PathBuf),
     /// Memory of another size.
     #[error("{} has {found} bytes, and the snapshot's memory {expected}", path.display())]
     MemorySize {
@@ -226,30 +256,68 @@ fn open_regular(path: &Path) -> io::Result<File> {
     }
 }
 
+/// Device and number of a file: which one it is, whatever it is called.
+pub fn identity(metadata: &fs::Metadata) -> (u64, u64) {
+    use std::os::unix::fs::MetadataExt;
+    (metadata.dev(), metadata.ino())
+}
+
 /// A memory file in the making.
-pub struct MemoryFile(Fresh);
+pub struct MemoryFile {
+    fresh: Fresh,
+    /// The same file, past the page cache.
+    direct: Option<File>,
+}
 
 impl MemoryFile {
     /// One of `size` bytes, all zero.
     pub fn create(path: &Path, size: u64) -> Result<Self, Error> {
         let fresh = Fresh::create(path)?;
         ftruncate(&fresh.file, size).map_err(|e| fresh.fault(e.into()))?;
-        Ok(Self(fresh))
+        Ok(Self {
+            fresh,
+            direct: None,
+        })
+    }
+
+    /// As [`MemoryFile::create`], but what is large goes past the page cache, where the file system can: it is on the disk sooner, and
+    /// nobody is about to read it.
+    pub fn create_direct(path: &Path, size: u64) -> Result<Self, Error> {
+        let mut file = Self::create(path, size)?;
+        file.direct = {
+            use std::os::unix::fs::OpenOptionsExt;
+            let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
+            let mut options = File::options();
+            options.write(true).custom_flags(flags);
+            options.open(&file.fresh.beside).ok()
+        };
+        Ok(file)
     }
 
     /// Put `bytes` at `offset`.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        self.0
-            .file
-            .write_all_at(bytes, offset)
-            .map_err(|e| self.0.fault(e))
+        let is_large = bytes.len() >= LARGE && bytes.as_ptr().align_offset(PAGE as usize) == 0;
+        let written = match &self.direct {
+            Some(direct) if is_large => match direct.write_all_at(bytes, offset) {
+                // It wants larger blocks.
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
+                    self.fresh.file.write_all_at(bytes, offset)
+                }
+                written => written,
+            },
+            _ => self.fresh.file.write_all_at(bytes, offset),
+        };
+        written.map_err(|e| self.fresh.fault(e))
     }
 
     /// It is complete.
     pub fn finish(self) -> Result<(), Error> {
-        self.0.finish()
+        self.fresh.finish()
     }
 }
+
+/// From how many bytes on a write past the page cache is faster.
+const LARGE: usize = 128 << 10;
 
 /// A file that is written beside its place. Dropped before it is complete, it goes.
 struct Fresh {

@@ -14,10 +14,12 @@ mod queue;
 pub mod testing;
 mod thread;
 pub mod transport;
+mod write_log;
 
 pub use device::{ConfigSpace, DeviceError, DeviceInfo, DeviceState, VirtioDevice};
 pub use queue::{ActiveQueue, Buffer, Chain, Extent, QueueError, QueueState, from as buffers_from};
 pub use thread::{DeviceThread, RunningId, ThreadError};
+pub use write_log::WriteLog;
 
 use virtio_bindings::bindings::{virtio_config, virtio_ring};
 

@@ -4,7 +4,7 @@
 //! chain is an error, for the device to ask for a reset, and used buffers are published, and the driver is interrupted, once
 //! for a batch.
 
-use crate::GuestMemory;
+use crate::{GuestMemory, WriteLog};
 use husk_bus::Interrupt;
 use serde::{Deserialize, Serialize};
 use std::num::Wrapping;
@@ -306,6 +306,8 @@ pub struct ActiveQueue {
     next_used: Wrapping<u16>,
     /// The used index that the driver knows.
     published: Wrapping<u16>,
+    /// Hears what the device writes, where somebody wants to know.
+    log: Option<Arc<WriteLog>>,
 }
 
 /// One descriptor (2.7.5).
@@ -365,7 +367,22 @@ impl ActiveQueue {
             next_available: Wrapping(state.next_available),
             next_used: Wrapping(state.next_used),
             published: Wrapping(state.next_used),
+            log: None,
         })
+    }
+
+    /// Note in `log` what the device may write: each chain's buffers when it is popped, and the used ring. Whoever takes the log must
+    /// first have the device stopped, so that nothing is written behind that which was noted before.
+    pub fn log_writes(mut self, log: Option<Arc<WriteLog>>) -> Self {
+        self.log = log;
+        self
+    }
+
+    /// Note what the device changes in memory outside of the buffers that it may write.
+    pub fn note_written(&self, address: u64, length: u64) {
+        if let Some(log) = &self.log {
+            log.note(address, length);
+        }
     }
 
     /// Its number within the device.
@@ -431,10 +448,15 @@ impl ActiveQueue {
         let entry = RING + 2 * slot;
         chain.head = self.available_ring.load(entry, Ordering::Relaxed)?;
         let first = Descriptor::read(&self.table.slice()?, chain.head)?;
+        let before = chain.writable.len();
         match first.flags & (VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT) {
             // Alone, as nearly all buffers for packets are: nothing else has to be checked.
             0 if first.length > 0 && first.lies_in(&self.extent) => chain.push(&first),
             _ => self.extent = self.walk(chain, first)?,
+        }
+        if let Some(log) = &self.log {
+            let own = chain.writable.iter().skip(before);
+            own.for_each(|buffer| log.note(buffer.address.0, buffer.length.into()));
         }
         self.next_available += 1;
         Ok(true)
@@ -550,6 +572,7 @@ impl ActiveQueue {
             .get_ref(RING + 8 * slot)
             .map_err(GuestMemoryError::from)?;
         entry.store(element.to_le());
+        self.note_used_ring(RING + 8 * slot, 8);
         self.next_used += 1;
         Ok(())
     }
@@ -569,6 +592,7 @@ impl ActiveQueue {
             return Ok(false);
         }
         self.used_ring.store(INDEX, new.0, Ordering::Release)?;
+        self.note_used_ring(INDEX, 2);
         self.published = new;
         // The driver writes its event index or flag, then looks at the used index; this is the other half.
         fence(Ordering::SeqCst);
@@ -588,6 +612,7 @@ impl ActiveQueue {
             let event = RING + 8 * usize::from(self.state.size);
             let next = self.next_available.0;
             self.used_ring.store(event, next, Ordering::Relaxed)?;
+            self.note_used_ring(event, 2);
         } else {
             self.set_used_flags(0)?;
         }
@@ -605,7 +630,14 @@ impl ActiveQueue {
     }
 
     fn set_used_flags(&self, flags: u16) -> Result<(), QueueError> {
-        Ok(self.used_ring.store(0, flags, Ordering::Relaxed)?)
+        self.used_ring.store(0, flags, Ordering::Relaxed)?;
+        self.note_used_ring(0, 2);
+        Ok(())
+    }
+
+    /// Note `length` bytes from `offset` of the used ring.
+    fn note_used_ring(&self, offset: usize, length: u64) {
+        self.note_written(self.state.used + offset as u64, length);
     }
 }
 
@@ -662,6 +694,52 @@ mod tests {
                 length,
             })
             .collect()
+    }
+
+    #[test]
+    fn what_a_device_writes_is_noted() {
+        for event_idx in [true, false] {
+            let (mut driver, device) = queue();
+            let log = Arc::new(WriteLog::new([(0, MEMORY), (SECOND, MEMORY)]));
+            let mut device = device.log_writes(Some(Arc::clone(&log)));
+            device.event_idx = event_idx;
+            let noted = |log: &WriteLog| {
+                let mut pages = Vec::new();
+                for (region, words) in log.take().iter().enumerate() {
+                    let bits = words.iter().zip((0..).step_by(64));
+                    let bits = bits
+                        .flat_map(|(word, at)| (0..64).map(move |bit| (word >> bit & 1, at + bit)));
+                    pages.extend(
+                        bits.filter(|(set, _)| *set == 1)
+                            .map(|(_, page)| (region, page)),
+                    );
+                }
+                pages
+            };
+            let used = (0, 0x10_2000 / 4096);
+            add(
+                &mut driver,
+                &[(0x5000, 10)],
+                &[(0x1fff, 2), (SECOND + 0x3000, 1)],
+            );
+            let mut chain = Chain::default();
+            assert!(device.pop(&mut chain).unwrap());
+            assert_eq!(noted(&log), [(0, 1), (0, 2), (1, 3)]);
+            // Buffers that are in the chain already were noted before.
+            add(&mut driver, &[], &[(0x7000, 4096)]);
+            assert!(device.pop_more(&mut chain).unwrap());
+            assert_eq!(noted(&log), [(0, 7)]);
+            device.add_used(chain.head, 1).unwrap();
+            assert_eq!(noted(&log), [used]);
+            device.publish().unwrap();
+            assert_eq!(noted(&log), [used]);
+            device.enable_kicks().unwrap();
+            assert_eq!(noted(&log), [used]);
+            device.disable_kicks().unwrap();
+            assert_eq!(noted(&log).len(), usize::from(!event_idx));
+            device.note_written(0x9000, 8192);
+            assert_eq!(noted(&log), [(0, 9), (0, 10)]);
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ use husk_sandbox::{Filters, Kind};
 use husk_virtio::transport::mmio::MmioTransport;
 use husk_virtio::transport::pci::PciTransport;
 use husk_virtio::transport::{Core, Doorbell};
-use husk_virtio::{DeviceThread, GuestMemory, VirtioDevice};
+use husk_virtio::{DeviceThread, GuestMemory, VirtioDevice, WriteLog};
 use opened::{VSOCK, open_drive, open_interface, open_vsock, take};
 use saved::Saved;
 use std::fmt::Write;
@@ -284,6 +284,8 @@ pub struct Place<'a> {
     pub filters: &'a Filters,
     /// Hears when one is reset.
     pub watch: &'a Watch,
+    /// Hears what they write to memory.
+    pub log: Option<&'a Arc<WriteLog>>,
 }
 
 impl Devices {
@@ -345,6 +347,9 @@ impl Devices {
             }
             (None, None) => return Err(Error::State("a device has no place")),
         };
+        if let Some(log) = place.log {
+            transport.with_core(|core| core.log_writes(Arc::clone(log)));
+        }
         let (name, watch) = (id.clone(), place.watch.clone());
         let told = Mutex::new(None::<Instant>);
         let tell = move || {

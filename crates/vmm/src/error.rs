@@ -144,6 +144,16 @@ pub enum Error {
     /// The guest runs.
     #[error("a snapshot is made of a guest that is paused: pause it first")]
     NotPaused,
+    /// Nobody has noted which pages were written.
+    #[error(
+        "a diff snapshot needs track_dirty_pages, in machine-config or at the load: nobody has noted what the guest has written; make a Full one"
+    )]
+    NotTracked,
+    /// Others write, and note nothing.
+    #[error(
+        "a VM whose devices other processes serve (vhost-user) cannot have diff snapshots; make a Full one"
+    )]
+    SharedDiff,
     /// An answer cannot be put in words.
     #[error("the answer cannot be written as JSON: {0}")]
     Json(String),
@@ -241,6 +251,8 @@ impl Error {
             | Error::NoSnapshot(_)
             | Error::Unsupported(_)
             | Error::NotPaused
+            | Error::NotTracked
+            | Error::SharedDiff
             | Error::Snapshot(_)
             | Error::BeforeBoot
             | Error::AfterBoot

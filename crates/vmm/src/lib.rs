@@ -4,6 +4,7 @@
 //!
 //! **Architecture Invariant:** nothing here reads the command line, speaks HTTP or owns a terminal.
 
+mod changes;
 mod devices;
 mod error;
 mod footprint;
@@ -135,13 +136,13 @@ impl Vmm {
                 METRICS.latencies_us.vmm_load_snapshot.set(begun.elapsed());
             }
             (State::Paused(vm), VmmRequest::CreateSnapshot(create)) => {
-                if create.snapshot_type == SnapshotType::Diff {
-                    return Err(Error::Unsupported("a diff snapshot"));
-                }
                 let begun = Instant::now();
-                vm.save(&self.config, &create.snapshot_path, &create.mem_file_path)?;
-                let took = begun.elapsed();
-                METRICS.latencies_us.vmm_full_create_snapshot.set(took);
+                vm.save(&self.config, &create)?;
+                let latency = match create.snapshot_type {
+                    SnapshotType::Full => &METRICS.latencies_us.vmm_full_create_snapshot,
+                    SnapshotType::Diff => &METRICS.latencies_us.vmm_diff_create_snapshot,
+                };
+                latency.set(begun.elapsed());
             }
             (State::Running(_), VmmRequest::CreateSnapshot(_)) => return Err(Error::NotPaused),
             (State::Configuring, VmmRequest::Boot) => {

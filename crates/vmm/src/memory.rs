@@ -4,6 +4,8 @@ mod freeze;
 
 use husk_arch::memory_map::{Range, memory_ranges};
 use husk_config::HugePages;
+use husk_snapshot::{Pages, Run};
+use husk_virtio::WriteLog;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use std::fs::File;
@@ -78,9 +80,11 @@ pub enum Error {
 /// Bits of an entry of /proc/PID/pagemap.
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
+/// The page is a file's, or shared.
+const OF_FILE: u64 = 1 << 61;
 /// Entries that are read at once, and bytes of memory that are looked at at once.
 const PAGES_AT_ONCE: usize = 1 << 15;
-const PIECE: u64 = 256 << 10;
+const PIECE: u64 = 1 << 20;
 
 /// The runs of pages in `piece` that are not all zero, each with its offset.
 fn nonzero_runs(piece: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
@@ -117,6 +121,8 @@ pub struct GuestMemory {
     copies: bool,
     /// Where files are mapped: guest-physical addresses.
     mapped: Mutex<Vec<Range>>,
+    /// Hears what the monitor writes, where somebody wants to know.
+    log: Option<Arc<WriteLog>>,
     // Last, so that everything above that points into it is gone before it.
     _reservation: Reservation,
 }
@@ -172,6 +178,7 @@ impl GuestMemory {
             slots,
             copies: pages == HugePages::TwoMiB || file.is_some(),
             mapped: Mutex::default(),
+            log: None,
             _reservation: reservation,
         })
     }
@@ -181,6 +188,38 @@ impl GuestMemory {
         &self.memory
     }
 
+    /// From now on note what the monitor writes.
+    pub fn track(&mut self) {
+        self.log = Some(Arc::new(self.new_log()));
+    }
+
+    /// What the monitor writes, for devices to add what they do; None unless it is tracked.
+    pub fn log(&self) -> Option<&Arc<WriteLog>> {
+        self.log.as_ref()
+    }
+
+    /// An empty log for this memory; its regions are the slots.
+    pub fn new_log(&self) -> WriteLog {
+        WriteLog::new(
+            self.slots
+                .iter()
+                .map(|(range, _)| (range.start, range.size)),
+        )
+    }
+
+    /// Other processes can map it, and write to it.
+    pub fn is_shared(&self) -> bool {
+        let mut regions = vm_memory::GuestMemoryBackend::iter(&self.memory);
+        regions.any(|region| vm_memory::GuestMemoryRegion::file_offset(region).is_some())
+    }
+
+    /// All of it is the private mapping of one file after the other that was placed, and nothing was placed over that.
+    pub fn is_one_file(&self) -> bool {
+        let mapped = self.lock_mapped();
+        let slots = self.slots.iter().map(|(range, _)| range);
+        !self.copies && mapped.len() == self.slots.len() && mapped.iter().eq(slots)
+    }
+
     /// Guest-physical ranges, and the host address behind each.
     pub fn slots(&self) -> &[(Range, u64)] {
         &self.slots
@@ -188,6 +227,9 @@ impl GuestMemory {
 
     /// Copy `bytes` to `address`.
     pub fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Error> {
+        if let Some(log) = &self.log {
+            log.note(address, bytes.len() as u64);
+        }
         self.memory
             .write_slice(bytes, GuestAddress(address))
             .map_err(|_| Error::Outside {
@@ -285,29 +327,83 @@ impl GuestMemory {
         mut take: impl FnMut(u64, &[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         let pagemap = File::open("/proc/self/pagemap").map_err(Error::Pagemap)?;
-        let mut buffer = vec![0; PIECE as usize];
+        let mut buffer = Buffer::new();
         let mut before = 0;
         for &(range, host) in &self.slots {
             for used in self.used(&pagemap, range, host)? {
-                let mut at = used.start;
-                while at < used.end() {
-                    let length = (used.end() - at).min(PIECE);
-                    let piece = buffer.get_mut(..length as usize).unwrap_or_default();
-                    let outside = Error::Outside {
-                        address: at,
-                        size: length,
-                    };
-                    self.memory
-                        .read_slice(piece, GuestAddress(at))
-                        .map_err(|_| outside)?;
-                    let offset = before + (at - range.start);
-                    for (start, run) in nonzero_runs(piece) {
-                        take(offset + start, run)?;
-                    }
-                    at += length;
-                }
+                let offset = before + (used.start - range.start);
+                self.each_piece(used, offset, &mut buffer, &mut take)?;
             }
             before += range.size;
+        }
+        Ok(())
+    }
+
+    /// As [`GuestMemory::each_used`], of these pages, which are counted as in a file.
+    pub fn each_of<E: From<Error>>(
+        &self,
+        pages: &Pages,
+        mut take: impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut buffer = Buffer::new();
+        let mut before = 0;
+        let mut runs = pages.runs().iter().copied().peekable();
+        for &(range, _) in &self.slots {
+            let behind = before + range.size;
+            // A run may go on in the next range.
+            while let Some(Run { first, .. }) =
+                runs.peek().copied().filter(|run| run.first * PAGE < behind)
+            {
+                let end = runs.peek().map_or(first, Run::end) * PAGE;
+                let offset = (first * PAGE).max(before);
+                let part = Range {
+                    start: range.start + (offset - before),
+                    size: end.min(behind).saturating_sub(offset),
+                };
+                self.each_piece(part, offset, &mut buffer, &mut take)?;
+                if end > behind {
+                    break;
+                }
+                runs.next();
+            }
+            before = behind;
+        }
+        Ok(())
+    }
+
+    /// Give `take` what is not zero in `range`, which is at `offset` in a file.
+    fn each_piece<E: From<Error>>(
+        &self,
+        range: Range,
+        offset: u64,
+        buffer: &mut Buffer,
+        take: &mut impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut done = 0;
+        while done < range.size {
+            let (address, size) = (range.start + done, (range.size - done).min(PIECE));
+            let piece = buffer.first(size as usize);
+            self.memory
+                .read_slice(piece, GuestAddress(address))
+                .map_err(|_| Error::Outside { address, size })?;
+            for (start, run) in nonzero_runs(piece) {
+                take(offset + done + start, run)?;
+            }
+            done += size;
+        }
+        Ok(())
+    }
+
+    /// Note in `log` each page that is not that of a mapped file any more, because somebody has written to it.
+    pub fn note_own_pages(&self, log: &WriteLog) -> Result<(), Error> {
+        let pagemap = File::open("/proc/self/pagemap").map_err(Error::Pagemap)?;
+        for &(range, host) in &self.slots {
+            each_entry(&pagemap, range, host, |address, entry| {
+                let is_own = entry & (PRESENT | OF_FILE) == PRESENT || entry & SWAPPED != 0;
+                if is_own {
+                    log.note(address, PAGE);
+                }
+            })?;
         }
         Ok(())
     }
@@ -316,33 +412,19 @@ impl GuestMemory {
     fn used(&self, pagemap: &File, range: Range, host: u64) -> Result<Vec<Range>, Error> {
         let files = self.lock_mapped().clone();
         let mut used: Vec<Range> = Vec::new();
-        let mut entries = vec![0; 8 * PAGES_AT_ONCE];
-        let mut page = 0;
-        let pages = range.size / PAGE;
-        while page < pages {
-            let count = (pages - page).min(PAGES_AT_ONCE as u64);
-            let entries = entries.get_mut(..8 * count as usize).unwrap_or_default();
-            let offset = (host / PAGE + page) * 8;
-            pagemap
-                .read_exact_at(entries, offset)
-                .map_err(Error::Pagemap)?;
-            for (entry, number) in entries.chunks_exact(8).zip(page..) {
-                let entry = u64::from_le_bytes(entry.try_into().unwrap_or_default());
-                let address = range.start + number * PAGE;
-                let in_file = |file: &Range| file.start <= address && address < file.end();
-                if entry & (PRESENT | SWAPPED) == 0 && !files.iter().any(in_file) {
-                    continue;
-                }
-                match used.last_mut().filter(|last| last.end() == address) {
-                    Some(last) => last.size += PAGE,
-                    None => used.push(Range {
-                        start: address,
-                        size: PAGE,
-                    }),
-                }
+        each_entry(pagemap, range, host, |address, entry| {
+            let in_file = |file: &Range| file.start <= address && address < file.end();
+            if entry & (PRESENT | SWAPPED) == 0 && !files.iter().any(in_file) {
+                return;
             }
-            page += count;
-        }
+            match used.last_mut().filter(|last| last.end() == address) {
+                Some(last) => last.size += PAGE,
+                None => used.push(Range {
+                    start: address,
+                    size: PAGE,
+                }),
+            }
+        })?;
         Ok(used)
     }
 
@@ -384,6 +466,51 @@ impl GuestMemory {
             .find(|(range, _)| range.start <= address && end <= range.end())
             .map(|(range, host)| host + (address - range.start))
             .ok_or(outside)
+    }
+}
+
+/// Call `take` with the address and the entry of /proc/self/pagemap of each page of a range that is at `host`.
+fn each_entry(
+    pagemap: &File,
+    range: Range,
+    host: u64,
+    mut take: impl FnMut(u64, u64),
+) -> Result<(), Error> {
+    let mut entries = vec![0; 8 * PAGES_AT_ONCE];
+    let mut page = 0;
+    let pages = range.size / PAGE;
+    while page < pages {
+        let count = (pages - page).min(PAGES_AT_ONCE as u64);
+        let entries = entries.get_mut(..8 * count as usize).unwrap_or_default();
+        let offset = (host / PAGE + page) * 8;
+        pagemap
+            .read_exact_at(entries, offset)
+            .map_err(Error::Pagemap)?;
+        for (entry, number) in entries.chunks_exact(8).zip(page..) {
+            let entry = u64::from_le_bytes(entry.try_into().unwrap_or_default());
+            take(range.start + number * PAGE, entry);
+        }
+        page += count;
+    }
+    Ok(())
+}
+
+/// Room for a piece of memory, aligned to pages, as files want it that are written past the page cache.
+struct Buffer {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Buffer {
+    fn new() -> Self {
+        let bytes = vec![0; (PIECE + PAGE) as usize];
+        let start = bytes.as_ptr().align_offset(PAGE as usize);
+        Self { bytes, start }
+    }
+
+    fn first(&mut self, length: usize) -> &mut [u8] {
+        let aligned = self.bytes.get_mut(self.start..).unwrap_or_default();
+        aligned.get_mut(..length).unwrap_or_default()
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a VM is between two instructions of its guest, to be kept and gone on from.
 
+use crate::changes::Base;
 use crate::devices::{self, Devices};
 use crate::error::Error;
 use crate::memory::GuestMemory;
@@ -7,7 +8,7 @@ use crate::platform::Platform;
 use husk_config::VmConfig;
 use husk_devices::{keyboard, pci_hotplug, serial};
 use husk_kvm::{VcpuState, VmState};
-use husk_snapshot::MemoryFile;
+use husk_snapshot::{Lineage, MemoryFile, Pages};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -26,12 +27,18 @@ pub struct Snapshot {
     pub platform: PlatformState,
     #[serde(default)]
     pub devices: devices::State,
+    /// Which snapshot it is, and of which it is a diff.
+    #[serde(default)]
+    pub lineage: Lineage,
+    /// What diffs of a VM that goes on from it are the difference to.
+    #[serde(skip)]
+    pub base: Option<Base>,
 }
 
 impl Snapshot {
     pub fn new(
         config: &VmConfig,
-        memory_size: u64,
+        (memory_size, lineage): (u64, Lineage),
         vm: VmState,
         vcpus: Vec<VcpuState>,
         (platform, devices): (&Platform, &Devices),
@@ -44,6 +51,8 @@ impl Snapshot {
             vcpus,
             platform: PlatformState::of(platform),
             devices: devices.save()?,
+            lineage,
+            base: None,
         })
     }
 }
@@ -130,7 +139,11 @@ impl Template {
 impl Saved {
     /// Open the files of a snapshot, and see that they belong together.
     pub fn open(state: &Path, memory: &Path) -> Result<Self, Error> {
-        let (snapshot, config) = read(state)?;
+        let (mut snapshot, config) = read(state)?;
+        if snapshot.lineage.diff.is_some() {
+            return Err(husk_snapshot::Error::IsDiff(state.into()).into());
+        }
+        snapshot.base = Base::of(snapshot.lineage.id(), [state, memory]);
         let memory = husk_snapshot::open_memory(memory, snapshot.memory_size)?;
         Ok(Self {
             snapshot,
@@ -163,6 +176,9 @@ fn read(path: &Path) -> Result<(Snapshot, VmConfig), Error> {
         path: path.into(),
         source,
     })?;
+    if !snapshot.lineage.is_sound(snapshot.memory_size) {
+        return Err(husk_snapshot::Error::Lineage(path.into()).into());
+    }
     check(&config)?;
     config.validate_parts()?;
     let cpus = config.machine_config.vcpu_count as usize;
@@ -178,8 +194,21 @@ fn read(path: &Path) -> Result<(Snapshot, VmConfig), Error> {
 pub fn describe_snapshot(path: &Path) -> Result<String, Error> {
     let (header, _) = husk_snapshot::read_parts(path)?;
     let (snapshot, config) = read(path)?;
+    let lineage = &snapshot.lineage;
+    let lineage = match (&lineage.diff, lineage.id()) {
+        (Some(diff), _) => {
+            let pages = diff.pages(snapshot.memory_size).unwrap_or_default();
+            let (id, count) = (&lineage.id, pages.count());
+            format!(
+                "a diff of {} called {id}, with {count} pages\n",
+                diff.parent
+            )
+        }
+        (None, Some(id)) => format!("complete, called {id}\n"),
+        (None, None) => String::new(),
+    };
     Ok(format!(
-        "a snapshot of version {}, by husk {}\n{} vCPUs, {} MiB of memory, booted from {}\n",
+        "a snapshot of version {}, by husk {}\n{} vCPUs, {} MiB of memory, booted from {}\n{lineage}",
         header.version,
         header.husk,
         snapshot.vcpus.len(),
@@ -195,6 +224,22 @@ pub fn check(config: &VmConfig) -> Result<(), Error> {
         true => Err(Error::NoSnapshot("vhost-user drives")),
         false => Ok(()),
     }
+}
+
+/// A name for a new snapshot, unlike all others.
+pub fn new_id() -> Result<String, Error> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|e| Error::Random(e.to_string()))?;
+    Ok(format!("{:032x}", u128::from_ne_bytes(bytes)))
+}
+
+/// Write these pages of guest memory.
+pub fn write_pages(memory: &GuestMemory, pages: &Pages, path: &Path) -> Result<(), Error> {
+    let file = MemoryFile::create_direct(path, memory.size())?;
+    memory.each_of(pages, |offset, bytes| {
+        file.write(offset, bytes).map_err(Error::from)
+    })?;
+    Ok(file.finish()?)
 }
 
 /// Write guest memory.

@@ -1,6 +1,7 @@
 //! Building a VM from its configuration, and taking it down again.
 
 use crate::Prepared;
+use crate::changes::{Changes, Taken};
 use crate::devices::{self, Devices, IoThreads, Place};
 use crate::error::Error;
 use crate::generation::{self, Kept, News};
@@ -19,12 +20,12 @@ use husk_arch::acpi::{self, AcpiConfig, MmioSlot};
 use husk_arch::boot::BootState;
 use husk_arch::memory_map::Range;
 use husk_arch::{layout, mptable};
-use husk_config::{DeviceUpdate, HugePages, MachineConfig, NewDevice, VmConfig};
+use husk_config::{CreateSnapshot, DeviceUpdate, HugePages, MachineConfig, NewDevice, VmConfig};
 use husk_devices::boot_timer;
-use husk_kvm::{Kvm, Vcpu};
+use husk_kvm::{Kvm, Vcpu, VcpuState};
 use husk_loader::Kernel;
 use husk_sandbox::{Filters, Kind};
-use std::path::Path;
+use husk_snapshot::Lineage;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
@@ -42,6 +43,7 @@ pub struct Vm {
     kvm: Arc<husk_kvm::Vm>,
     filters: Filters,
     watch: Watch,
+    changes: Changes,
     memory: GuestMemory,
 }
 
@@ -162,6 +164,7 @@ impl Vm {
             kvm: &self.kvm,
             filters: &self.filters,
             watch: &self.watch,
+            log: self.memory.log(),
         };
         let slot = self.devices.plug(device, self.platform.slots, &place)?;
         if let Some(hotplug) = &self.platform.hotplug {
@@ -253,38 +256,77 @@ impl Vm {
         Ok(())
     }
 
-    /// All of a VM that is paused, but its memory, which devices leave alone until the second of both is dropped.
-    fn state(&self, config: &VmConfig) -> Result<(Snapshot, Still<'_>), Error> {
-        snapshot::check(config)?;
-        // Those of a VM that was just loaded may still be on their way to where they park; asked before, they would not hear it.
-        self.pause()?;
+    /// What the vCPUs of a VM that is paused are. Devices stand still.
+    fn tell(&self) -> Result<Vec<VcpuState>, Error> {
         let msrs = Kvm::open()?.state_msrs()?;
-        // Before the vCPUs tell: devices still complete requests, write to memory, and interrupt.
-        let still = Still::new(&self.devices);
         let (shared, count) = (&self.shared, self.threads.len() as u32);
         let ask = || shared.pause.ask();
-        let vcpus = shared.census.take(msrs, count, ask, PAUSE_LIMIT)?;
-        let (size, vm) = (self.memory.size(), self.kvm.state()?);
-        let own = (&self.platform, &self.devices);
-        Ok((Snapshot::new(config, size, vm, vcpus, own)?, still))
+        shared.census.take(msrs, count, ask, PAUSE_LIMIT)
     }
 
     /// Make a VM that is paused a template for clones. Its own memory is a view of the same from now on.
-    pub fn freeze(&self, config: &VmConfig) -> Result<Template, Error> {
+    pub fn freeze(&mut self, config: &VmConfig) -> Result<Template, Error> {
         if config.machine_config.huge_pages == HugePages::TwoMiB {
             return Err(Error::Unsupported("a fork of a VM with huge_pages 2M"));
         }
-        let (snapshot, _still) = self.state(config)?;
+        snapshot::check(config)?;
+        // As in `save`.
+        self.pause()?;
+        let _still = Still::new(&self.devices);
+        let vcpus = self.tell()?;
+        self.changes.before_freeze(&self.memory)?;
+        let (size, vm) = (self.memory.size(), self.kvm.state()?);
+        let own = (&self.platform, &self.devices);
+        let snapshot = Snapshot::new(config, (size, Lineage::default()), vm, vcpus, own)?;
         let memory = self.memory.freeze()?;
         Ok(Template::new(snapshot, config.clone(), memory))
     }
 
-    /// Keep all of a VM that is paused, in two files.
-    pub fn save(&self, config: &VmConfig, state: &Path, memory: &Path) -> Result<(), Error> {
-        let (snapshot, _still) = self.state(config)?;
+    /// Keep a VM that is paused, in two files. An error changes nothing for the next time.
+    pub fn save(&mut self, config: &VmConfig, create: &CreateSnapshot) -> Result<(), Error> {
+        snapshot::check(config)?;
+        let parent = self.changes.parent(create, &self.memory)?;
+        // Those of a VM that was just loaded may still be on their way to where they park; asked before, they would not hear it.
+        self.pause()?;
+        // Before the vCPUs tell: devices still complete requests, write to memory, and interrupt.
+        let _still = Still::new(&self.devices);
+        let vcpus = self.tell()?;
+        // Behind the vCPUs' state: to ask for it has KVM write to memory.
+        let taken = self.changes.take(&self.kvm, &self.memory)?;
+        let written = self.write_snapshot(config, create, vcpus, parent.map(|id| (id, &taken)));
+        match &written {
+            Ok(id) => self.changes.kept(id, create),
+            Err(_) => self.changes.put_back(&taken),
+        }
+        written.map(drop)
+    }
+
+    /// Write the files of a snapshot, or of a diff to what is called so, with the changes since; its name.
+    fn write_snapshot(
+        &self,
+        config: &VmConfig,
+        create: &CreateSnapshot,
+        vcpus: Vec<VcpuState>,
+        diff: Option<(String, &Taken)>,
+    ) -> Result<String, Error> {
+        let (id, memory) = (snapshot::new_id()?, &create.mem_file_path);
+        let (size, vm) = (self.memory.size(), self.kvm.state()?);
+        let lineage = match diff {
+            None => {
+                snapshot::write_memory(&self.memory, memory)?;
+                Lineage::full(id.clone())
+            }
+            Some((parent, taken)) => {
+                let pages = taken.pages(&self.memory);
+                snapshot::write_pages(&self.memory, &pages, memory)?;
+                Lineage::diff(id.clone(), parent, &pages)
+            }
+        };
+        let own = (&self.platform, &self.devices);
+        let snapshot = Snapshot::new(config, (size, lineage), vm, vcpus, own)?;
         // The state comes last: without it there is no snapshot.
-        snapshot::write_memory(&self.memory, memory)?;
-        Ok(husk_snapshot::write_state(state, &snapshot)?)
+        husk_snapshot::write_state(&create.snapshot_path, &snapshot)?;
+        Ok(id)
     }
 
     /// End the VM with `outcome` unless it has ended already.
@@ -403,10 +445,13 @@ impl Ready {
     ) -> Result<(Self, T), Error> {
         // Before KVM's descriptors, so that it is dropped after them.
         let (size, pages) = (memory_size(&wanted.machine)?, wanted.machine.huge_pages);
-        let memory = match wanted.shared_memory {
+        let mut memory = match wanted.shared_memory {
             true => GuestMemory::shared(size, pages)?,
             false => GuestMemory::new(size, pages)?,
         };
+        if wanted.machine.track_dirty_pages {
+            memory.track();
+        }
         let kvm = Arc::new(Kvm::open()?);
         // It takes a while to start, and is there when it is needed.
         let mut first = BootProcessor::start(Arc::clone(&kvm), wanted, aids)?;
@@ -454,15 +499,18 @@ impl Ready {
             kvm: &kvm,
             filters: &host.filters,
             watch: &host.watch,
+            log: memory.log(),
         };
         let devices = Devices::attach(opened, config.pci, &place, saved_devices)?;
         let template = first.template()?;
+        let mut changes = Changes::new(&memory, None);
         let (entry, others_saved) = match start {
             Start::Boot(boot) => {
                 platform.generation_id = Some(layout::GENERATION_ID);
                 (Entry::Boot(boot), Vec::new())
             }
-            Start::Saved(saved) => {
+            Start::Saved(mut saved) => {
+                changes = Changes::new(&memory, Some(&mut saved));
                 kvm.restore(&saved.vm, false)?;
                 saved.platform.restore(&mut platform);
                 shared.pause.begin_stopped();
@@ -494,6 +542,7 @@ impl Ready {
             kvm,
             filters: host.filters.clone(),
             watch: Arc::clone(&host.watch),
+            changes,
             memory,
         };
         let mut others_saved = others_saved.into_iter();

@@ -243,7 +243,7 @@ impl Balloon {
                     Some((first, end)) if page + 1 == first => Some((page, end)),
                     other => {
                         if let Some((first, end)) = other {
-                            discard(mem, first * PAGE, (end - first) * PAGE);
+                            give_back(queue, first, end);
                         }
                         Some((page, page + 1))
                     }
@@ -255,7 +255,7 @@ impl Balloon {
             }
         }
         if let Some((first, end)) = run {
-            discard(mem, first * PAGE, (end - first) * PAGE);
+            give_back(queue, first, end);
         }
         Ok(())
     }
@@ -314,6 +314,13 @@ impl Balloon {
         let answer = queue.add_used(head, 0).and_then(|()| queue.flush());
         answer.map_err(|e| DeviceError::Queue(index, e))
     }
+}
+
+/// The pages from `first` on, without `end`, go back to the host, and change by that.
+fn give_back(queue: &ActiveQueue, first: u64, end: u64) {
+    let (address, length) = (first * PAGE, (end - first) * PAGE);
+    discard(queue.memory(), address, length);
+    queue.note_written(address, length);
 }
 
 impl VirtioDevice for Balloon {

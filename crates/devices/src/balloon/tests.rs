@@ -241,3 +241,28 @@ fn starts_and_changes_that_fail_are_counted() {
     driver.registers.write_config(0, &[9; 4]);
     assert_eq!((m.activate_fails.total(), m.cfg_fails.total()), (1, 1));
 }
+
+#[test]
+fn what_goes_back_is_noted_as_written() {
+    let mut driver = driver(&ALL);
+    let log = Arc::new(husk_virtio::WriteLog::new([(
+        0,
+        husk_virtio::testing::MEMORY,
+    )]));
+    driver
+        .registers
+        .with_core(&mut |core| core.log_writes(Arc::clone(&log)));
+    driver.start(u64::MAX, 64);
+    let is_noted = |page: u64| {
+        let words = &log.bits()[0];
+        words[(page / 64) as usize] >> (page % 64) & 1 == 1
+    };
+    let pages = [FREE as u32, FREE as u32 + 1, FREE as u32 + 70];
+    driver.request(0, &[&numbers(&pages)], &[]);
+    for page in [0, 1, 70] {
+        assert!(is_noted(FREE + page), "{page}");
+    }
+    for page in [2, 69, 71] {
+        assert!(!is_noted(FREE + page), "{page}");
+    }
+}

@@ -3,7 +3,7 @@
 use crate::device::{ConfigSpace, DeviceError, DeviceInfo, DeviceState, VirtioDevice};
 use crate::queue::{ActiveQueue, QueueState};
 use crate::thread::{DeviceThread, RunningId, ThreadError};
-use crate::{F_EVENT_IDX, F_RING_RESET, F_VERSION_1, GuestMemory, RING_FEATURES};
+use crate::{F_EVENT_IDX, F_RING_RESET, F_VERSION_1, GuestMemory, RING_FEATURES, WriteLog};
 use husk_bus::Interrupt;
 use serde::{Deserialize, Serialize};
 use std::os::fd::RawFd;
@@ -135,6 +135,7 @@ pub struct Core {
     when_started: Option<Box<dyn FnOnce() + Send>>,
     /// The configuration space that the driver of a loaded device knows, until that goes on.
     loaded: Option<Vec<u8>>,
+    log: Option<Arc<WriteLog>>,
     /// Another process takes the kicks. It could fill their counters, so that a write to one waits: never with the transport locked.
     is_remote: bool,
 }
@@ -180,6 +181,7 @@ impl Core {
             }),
             when_started: None,
             loaded: None,
+            log: None,
             is_remote: remote.is_some(),
         };
         core.forget_driver();
@@ -189,6 +191,11 @@ impl Core {
     /// Call `what` once, on the vCPU that starts the device for the first time.
     pub fn when_started(&mut self, what: Box<dyn FnOnce() + Send>) {
         self.when_started = Some(what);
+    }
+
+    /// Note in `log` what the device writes to memory. Before any driver comes.
+    pub fn log_writes(&mut self, log: Arc<WriteLog>) {
+        self.log = Some(log);
     }
 
     /// Call `what` whenever the driver resets a device that it had started, and when the device cannot go on without: on a vCPU's
@@ -585,6 +592,7 @@ impl Core {
         let event_idx = self.accepted & F_EVENT_IDX != 0;
         let ends = (Arc::clone(&queue.kick), self.interrupt());
         ActiveQueue::new(index, queue.state, event_idx, self.mem.clone(), ends)
+            .map(|active| active.log_writes(self.log.clone()))
             .inspect_err(|e| log::debug!("a virtio queue cannot be used: {e}"))
             .ok()
     }

@@ -213,3 +213,74 @@ fn what_is_used_is_found_and_zeroes_are_not() {
     assert_eq!(found[1].1, mapped);
     assert_eq!(memory.size(), 4 << 30);
 }
+
+#[test]
+fn pages_are_found_by_their_places_in_a_file() {
+    let memory = GuestMemory::new(4 << 30, HugePages::None).unwrap();
+    let high = 4u64 << 30;
+    for (address, byte) in [
+        (0x1000, 1),
+        (0x3000, 3),
+        (high - 0x4000_0000 - 0x1000, 8),
+        (high, 9),
+    ] {
+        memory.write(address, &[byte; 4096]).unwrap();
+    }
+    let low = memory.slots()[0].0.size / 4096;
+    // 1, 2 and 3, of which 2 is zero; and the last below with the first above.
+    let bits: Vec<u64> = vec![0b1110];
+    let regions = [(&bits[..], low - 1), (&[0b11][..], 2)];
+    let pages = husk_snapshot::Pages::of_bits(regions);
+    let mut found = Vec::new();
+    let take = |offset: u64, bytes: &[u8]| -> Result<(), Error> {
+        assert!(bytes.as_ptr().align_offset(1) == 0 && bytes.len() % 4096 == 0);
+        found.push((offset / 4096, bytes.len() / 4096, bytes[0]));
+        Ok(())
+    };
+    memory.each_of(&pages, take).unwrap();
+    assert_eq!(found, [(1, 1, 1), (3, 1, 3), (low - 1, 1, 8), (low, 1, 9)]);
+}
+
+#[test]
+fn what_the_monitor_writes_is_noted_if_wanted() {
+    let mut memory = GuestMemory::new(64 << 20, HugePages::None).unwrap();
+    memory.write(0, &[1]).unwrap();
+    memory.track();
+    memory.write(0x1fff, &[1, 2]).unwrap();
+    assert_eq!(memory.log().unwrap().take()[0][0], 0b110);
+}
+
+#[test]
+fn pages_that_are_not_the_files_any_more_are_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("memory");
+    let size = 64u64 << 20;
+    let file = File::create_new(&path).unwrap();
+    file.set_len(size).unwrap();
+    file.write_all_at(&[7; 8 * 4096], 0).unwrap();
+    let file = File::open(&path).unwrap();
+    let memory = GuestMemory::new(size, HugePages::None).unwrap();
+    assert!(!memory.is_one_file());
+    memory.place_file(&file, 0, size, 0).unwrap();
+    assert!(memory.is_one_file());
+    let own = || {
+        let log = memory.new_log();
+        memory.note_own_pages(&log).unwrap();
+        let bits = log.bits();
+        let words = bits[0].iter().zip(0..).filter(|(word, _)| **word != 0);
+        words
+            .map(|(word, at)| (at, *word))
+            .collect::<Vec<(usize, u64)>>()
+    };
+    // Reading makes no page one's own, be it a hole or data; writing does, even what is there already.
+    for address in [0, 0x5000, 0x10_0000] {
+        memory.read_u16(address).unwrap();
+    }
+    assert_eq!(own(), []);
+    memory.write(0x1000, &[7]).unwrap();
+    memory.write(0x10_0000, &[0]).unwrap();
+    assert_eq!(own(), [(0, 0b10), (4, 1)]);
+    // Something else was put over it: nothing is known any more.
+    memory.place_file(&file, 0, 4096, 0x2000).unwrap();
+    assert!(!memory.is_one_file());
+}
