@@ -4,6 +4,8 @@ use crate::rate_limiter::{self, RateLimiter};
 use husk_config::{DeviceUpdate, Entropy as Config};
 use husk_metrics::{EntropyMetrics, METRICS};
 use husk_virtio::{ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, VirtioDevice};
+use rustix::io::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
@@ -59,9 +61,9 @@ impl Entropy {
                 return queue.flush().map_err(bad);
             }
             let bytes = self.bytes.get_mut(..length).unwrap_or_default();
-            getrandom::fill(bytes).map_err(|e| {
+            fill_random(bytes).map_err(|e| {
                 self.metrics.host_rng_fails.inc();
-                DeviceError::Host("no random bytes", std::io::Error::other(e))
+                DeviceError::Host("no random bytes", e.into())
             })?;
             let mem = queue.memory().clone();
             let written = self.chain.write(&mem, 0, bytes).map_err(bad)?;
@@ -128,6 +130,19 @@ impl VirtioDevice for Entropy {
             ))),
         }
     }
+}
+
+/// By the system call. The usual library opens /dev/urandom in a static program, for good, which a process that is forked has not.
+fn fill_random(mut bytes: &mut [u8]) -> Result<(), Errno> {
+    while !bytes.is_empty() {
+        match getrandom(&mut *bytes, GetRandomFlags::empty()) {
+            // A signal came between, as it may where there are more than 256.
+            Ok(filled) => bytes = bytes.get_mut(filled..).unwrap_or_default(),
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -21,3 +21,13 @@ mod token;
 pub use server::{Reply, Server};
 pub use stack::{LONGEST_FRAME, MAC, Stack};
 pub use store::{DEFAULT_LIMIT, Mmds, StoreError};
+
+/// Fill at most 256 bytes. By the system call: the usual library opens /dev/urandom in a static program, for good, which a process that is
+/// forked has not.
+fn fill_random(bytes: &mut [u8]) -> std::io::Result<()> {
+    use rustix::rand::{GetRandomFlags, getrandom};
+    match getrandom(&mut *bytes, GetRandomFlags::empty())? == bytes.len() {
+        true => Ok(()),
+        false => Err(std::io::ErrorKind::UnexpectedEof.into()),
+    }
+}

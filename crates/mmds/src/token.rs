@@ -29,7 +29,7 @@ impl Tokens {
     /// With a new random key.
     pub fn new(now: Instant) -> std::io::Result<Self> {
         let mut key = [0; 32];
-        getrandom::fill(&mut key).map_err(std::io::Error::from)?;
+        crate::fill_random(&mut key)?;
         Ok(Self {
             key,
             epoch: now,

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// Write a new ID to `address`. No vCPU runs.
 pub fn renew(memory: &GuestMemory, address: u64) -> Result<(), Error> {
     let mut id = [0; 16];
-    getrandom::fill(&mut id).map_err(|e| Error::Random(e.to_string()))?;
+    crate::fill_random(&mut id)?;
     // A GUID of version 4; the half that has the version is little-endian.
     let [.., version, variant, _, _, _, _, _, _, _] = &mut id;
     *version = *version & 0x0f | 0x40;

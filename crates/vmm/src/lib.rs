@@ -43,6 +43,17 @@ use standby::Standby;
 use std::time::Instant;
 use vm::Vm;
 
+/// Fill at most 256 bytes. By the system call: the usual library opens /dev/urandom in a static program, for good, which a process that is
+/// forked has not.
+pub(crate) fn fill_random(bytes: &mut [u8]) -> Result<(), Error> {
+    use rustix::rand::{GetRandomFlags, getrandom};
+    match getrandom(&mut *bytes, GetRandomFlags::empty()) {
+        Ok(filled) if filled == bytes.len() => Ok(()),
+        Ok(_) => Err(Error::Random("too few".into())),
+        Err(e) => Err(Error::Random(e.to_string())),
+    }
+}
+
 /// The monitor of one VM.
 pub struct Vmm {
     host: Host,

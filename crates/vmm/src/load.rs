@@ -38,7 +38,7 @@ pub fn load(
         .map(|path| place_initrd(path, kernel_end, memory, pvh_entry.is_none()))
         .transpose()?;
     let mut random_seed = [0; 32];
-    getrandom::fill(&mut random_seed).map_err(|e| Error::Random(e.to_string()))?;
+    crate::fill_random(&mut random_seed)?;
     let info = BootInfo {
         memory_size: memory.slots().iter().map(|(range, _)| range.size).sum(),
         cmdline: &command_line,

@@ -229,7 +229,7 @@ pub fn check(config: &VmConfig) -> Result<(), Error> {
 /// A name for a new snapshot, unlike all others.
 pub fn new_id() -> Result<String, Error> {
     let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).map_err(|e| Error::Random(e.to_string()))?;
+    crate::fill_random(&mut bytes)?;
     Ok(format!("{:032x}", u128::from_ne_bytes(bytes)))
 }
 

@@ -58,7 +58,7 @@ impl Stack {
     /// One that answers at `address`. Fails when the host has no random numbers.
     pub fn new(server: Arc<Server>, address: Ipv4Addr) -> std::io::Result<Self> {
         let mut seed = [0; 8];
-        getrandom::fill(&mut seed).map_err(std::io::Error::from)?;
+        crate::fill_random(&mut seed)?;
         let mut config = Config::new(HardwareAddress::Ethernet(EthernetAddress(MAC)));
         // Sequence numbers that a guest's program cannot guess of another one's connection.
         config.random_seed = u64::from_le_bytes(seed);
