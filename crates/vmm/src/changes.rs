@@ -40,7 +40,7 @@ pub struct Base {
 impl Base {
     /// The snapshot called `id`, if that is its name, in these files.
     pub fn of(id: Option<&str>, files: [&Path; 2]) -> Option<Self> {
-        let files = files.map(|path| std::fs::symlink_metadata(path));
+        let files = files.map(std::fs::symlink_metadata);
         Some(Self {
             id: id?.into(),
             files: files.iter().flatten().map(identity).collect(),
