@@ -63,7 +63,7 @@ impl Devices {
 
     /// They were suspended, or have been loaded, and have not gone on.
     pub fn are_suspended(&self) -> bool {
-        self.suspended.load(Ordering::Acquire)
+        !self.attached.is_empty() && self.suspended.load(Ordering::Acquire)
     }
 
     /// Let them go on. Their interrupts reach the vCPUs from here on.
