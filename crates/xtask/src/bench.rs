@@ -6,6 +6,7 @@
 use crate::apt;
 use crate::bench_api;
 use crate::bench_devices;
+use crate::bench_snapshots;
 use crate::cargo;
 use crate::host::{self, TempDir};
 use crate::kernel;
@@ -58,6 +59,9 @@ pub struct Args {
     /// Leave out the REST socket (its boots on the testbed: with --no-boot)
     #[arg(long)]
     no_api: bool,
+    /// Leave out snapshots
+    #[arg(long)]
+    no_snapshots: bool,
 }
 
 /// `cargo xtask bench-inner`.
@@ -104,6 +108,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     if !args.no_api {
         bench_api::run(args.runs, &husk, temp.path(), &mut verdicts)?;
+    }
+    if !args.no_snapshots {
+        bench_snapshots::run(args.runs, &husk, temp.path(), &mut verdicts)?;
     }
     if !args.no_boot {
         boot_to_init(&husk, temp.path(), &mut verdicts)?;
@@ -413,7 +420,7 @@ pub const SETTLE: Duration = Duration::from_millis(20);
 
 /// The order of `count` programs in a turn: a row of Williams's square. Who starts behind a program that leaves much to
 /// clean up pays for it, so in `count` turns each comes once behind each other (if `count` is even), and once first.
-fn order(count: usize, turn: usize) -> Vec<usize> {
+pub fn order(count: usize, turn: usize) -> Vec<usize> {
     let zigzag = (0..count).map(|i| match i % 2 {
         0 => (count - i / 2) % count,
         _ => i / 2 + 1,

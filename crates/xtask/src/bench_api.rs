@@ -26,11 +26,11 @@ const LEAST_GETS: f64 = 5000.0;
 /// A boot under requests may take so many times that without, for noise's sake.
 const LIMIT_UNDER_LOAD: f64 = 1.1;
 /// What a client is taken to need between its configuration and InstanceStart.
-const CLIENT_PAUSE: Duration = Duration::from_millis(10);
+pub const CLIENT_PAUSE: Duration = Duration::from_millis(10);
 /// Between attempts to connect to a socket that is not there yet.
 const RETRY: Duration = Duration::from_micros(20);
 /// How long a program has for all that is asked of it.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 /// GETs that are timed, in all, over one connection and over several.
 const GETS: usize = 2000;
 const CONNECTIONS: usize = 10;
@@ -183,13 +183,13 @@ fn take_turn(husk: &Path, nothing: &Path, temp: &Path) -> Result<Turn> {
 }
 
 /// Measure, and let the host's kernel finish with what was measured.
-fn settled<T>(measure: impl FnOnce() -> Result<T>) -> Result<T> {
+pub fn settled<T>(measure: impl FnOnce() -> Result<T>) -> Result<T> {
     let result = measure();
     thread::sleep(bench::SETTLE);
     result
 }
 
-fn ms_since(begin: Instant) -> f64 {
+pub fn ms_since(begin: Instant) -> f64 {
     begin.elapsed().as_secs_f64() * 1e3
 }
 
@@ -204,7 +204,7 @@ fn time_to_end(command: &mut Command) -> Result<f64> {
     }
 }
 
-fn configure(client: &mut Client, kernel: &Path, initrd: Option<&Path>) -> Result<()> {
+pub fn configure(client: &mut Client, kernel: &Path, initrd: Option<&Path>) -> Result<()> {
     let kernel = kernel.display();
     let more = match initrd {
         Some(initrd) => format!(
@@ -339,18 +339,18 @@ fn boot(args: &InnerArgs, temp: &Path, pace: Option<Duration>) -> Result<(f64, u
 }
 
 /// `husk serve`, killed at the end.
-struct Served {
+pub struct Served {
     child: Child,
     socket: std::path::PathBuf,
-    console: std::io::PipeReader,
+    pub console: std::io::PipeReader,
     /// Told when a file is made beside the socket.
     made: OwnedFd,
     /// When it was spawned.
-    begun: Instant,
+    pub begun: Instant,
 }
 
 impl Served {
-    fn start(husk: &Path, temp: &Path) -> Result<Self> {
+    pub fn start(husk: &Path, temp: &Path) -> Result<Self> {
         let socket = temp.join("api.sock");
         // A program that was killed leaves it.
         let _ = fs::remove_file(&socket);
@@ -377,7 +377,7 @@ impl Served {
 
     /// Sleeps until the socket's file is there: a client that tries again and again takes time from the processor on which
     /// Husk starts, usually its own.
-    fn connect_when_made(&self) -> Result<Client> {
+    pub fn connect_when_made(&self) -> Result<Client> {
         let limit = Timespec::try_from(PATIENCE).context("too much patience")?;
         let mut wait = [PollFd::new(&self.made, PollFlags::IN)];
         if poll(&mut wait, Some(&limit)).context("cannot wait for the socket")? == 0 {
@@ -430,16 +430,21 @@ impl Drop for Served {
 }
 
 /// A connection that is kept.
-struct Client(UnixStream);
+pub struct Client(UnixStream);
 
 impl Client {
-    fn get(&mut self, path: &str) -> Result<()> {
+    pub fn get(&mut self, path: &str) -> Result<()> {
         self.send("GET", path, "")?;
         self.answer(200)
     }
 
-    fn put(&mut self, path: &str, body: &str) -> Result<()> {
+    pub fn put(&mut self, path: &str, body: &str) -> Result<()> {
         self.send("PUT", path, body)?;
+        self.answer(204)
+    }
+
+    pub fn patch(&mut self, path: &str, body: &str) -> Result<()> {
+        self.send("PATCH", path, body)?;
         self.answer(204)
     }
 

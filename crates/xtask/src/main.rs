@@ -10,6 +10,7 @@ mod bench;
 mod bench_api;
 mod bench_boot;
 mod bench_devices;
+mod bench_snapshots;
 mod boot_time;
 mod cargo;
 mod clients;
