@@ -7,23 +7,26 @@ use crate::blob::Blob;
 use crate::vcpu::{libc_error, msr_entries};
 use crate::{Error, Vcpu, Vm};
 use kvm_bindings::{
-    CpuId, KVM_CLOCK_TSC_STABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
-    kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
-    kvm_xsave,
+    KVM_CLOCK_TSC_STABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs,
+    kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
+    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::errno;
 
 /// IA32_TSC_DEADLINE. KVM forgets it when the local APIC's timer is set, so it comes after that.
 const TSC_DEADLINE: u32 = 0x6e0;
+/// How far a TSC's frequency may be from what the guest measured, in millionths: KVM's own default (tsc_tolerance_ppm).
+const TSC_TOLERANCE_PPM: u64 = 250;
 /// As many MSRs as one call takes.
 const MSRS_AT_ONCE: usize = 128;
+/// Most MSRs that one message names.
+const MOST_NAMED: usize = 8;
 
 /// A vCPU between two calls of [`Vcpu::run`].
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VcpuState {
-    /// What the guest sees of the processor.
+    /// What the guest was given of the processor.
     cpuid: Blob,
     /// Frequency of the guest's TSC.
     tsc_khz: Option<u32>,
@@ -49,6 +52,13 @@ pub struct VmState {
     clock: Blob,
 }
 
+impl VcpuState {
+    /// What the guest sees of the processor.
+    pub fn cpuid(&self) -> Vec<kvm_cpuid_entry2> {
+        self.cpuid.to_all()
+    }
+}
+
 fn failed(call: &'static str) -> impl Fn(errno::Error) -> Error {
     move |e| Error::Ioctl(call, e)
 }
@@ -70,16 +80,13 @@ impl Vcpu {
         let xcrs = fd.get_xcrs().map_err(failed("KVM_GET_XCRS"))?;
         let debug_regs = fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?;
         let lapic = fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
-        let cpuid = fd
-            .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
-            .map_err(failed("KVM_GET_CPUID2"))?;
         let msrs = self.msrs(msrs)?;
         // Behind the others, which may make events of what is pending.
         let events = fd
             .get_vcpu_events()
             .map_err(failed("KVM_GET_VCPU_EVENTS"))?;
         Ok(VcpuState {
-            cpuid: Blob::of(cpuid.as_slice()),
+            cpuid: Blob::of(&self.given.borrow()[..]),
             tsc_khz: fd.get_tsc_khz().ok(),
             regs: Blob::of(&regs),
             sregs: Blob::of(&sregs),
@@ -96,12 +103,11 @@ impl Vcpu {
     /// Make this vCPU, which has not run, what `state` was.
     pub fn restore(&self, state: &VcpuState) -> Result<(), Error> {
         let fd = &self.fd;
-        let cpuid = CpuId::from_entries(&state.cpuid.to_all::<kvm_cpuid_entry2>())
-            .map_err(|_| Error::State("CPUID", libc_error(libc::E2BIG)))?;
-        fd.set_cpuid2(&cpuid).map_err(refused("CPUID"))?;
-        if let Some(khz) = state.tsc_khz.filter(|khz| fd.get_tsc_khz() != Ok(*khz)) {
-            fd.set_tsc_khz(khz).map_err(refused("TSC frequency"))?;
-        }
+        self.set_cpuid(&state.cpuid()).map_err(|e| match e {
+            Error::Ioctl(_, e) => Error::State("CPUID", e),
+            other => other,
+        })?;
+        self.restore_tsc_khz(state.tsc_khz)?;
         // The APIC's base is in the special registers, and decides what the APIC's state means.
         fd.set_mp_state(state.mp_state.to::<kvm_mp_state>())
             .map_err(refused("multiprocessing state"))?;
@@ -130,6 +136,22 @@ impl Vcpu {
             .map_err(refused("pending events"))
     }
 
+    /// Without scaling, KVM lets the TSC run at the host's speed and catch up at exits, or refuses: neither is what the guest had.
+    fn restore_tsc_khz(&self, saved: Option<u32>) -> Result<(), Error> {
+        let (Some(saved), Ok(here)) = (saved, self.fd.get_tsc_khz()) else {
+            return Ok(());
+        };
+        let within = u64::from(here) * TSC_TOLERANCE_PPM / 1_000_000;
+        if saved == here || (!self.scales_tsc && u64::from(saved.abs_diff(here)) <= within) {
+            return Ok(());
+        }
+        let other = Error::TscFrequency { saved, here };
+        match self.scales_tsc {
+            true => self.fd.set_tsc_khz(saved).map_err(|_| other),
+            false => Err(other),
+        }
+    }
+
     /// Values of those of `indices` that this vCPU has.
     fn msrs(&self, indices: &[u32]) -> Result<Vec<(u32, u64)>, Error> {
         let mut values = Vec::with_capacity(indices.len());
@@ -154,16 +176,24 @@ impl Vcpu {
     }
 
     fn restore_msrs(&self, values: &[(u32, u64)]) -> Result<(), Error> {
-        for some in values.chunks(MSRS_AT_ONCE) {
+        let mut rest = values;
+        let mut refused = Vec::new();
+        while !rest.is_empty() {
+            let some = &rest[..rest.len().min(MSRS_AT_ONCE)];
             let entries = msr_entries(some.iter().copied());
             let msrs = Msrs::from_entries(&entries)
                 .map_err(|_| Error::Ioctl("KVM_SET_MSRS", libc_error(libc::E2BIG)))?;
             let done = self.fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
-            if let Some(&(index, value)) = some.get(done) {
-                return Err(Error::Msr { index, value });
-            }
+            // It stops at the first that it does not take.
+            refused.extend(some.get(done).filter(|_| refused.len() < MOST_NAMED));
+            rest = rest
+                .get(done + usize::from(done < some.len())..)
+                .unwrap_or_default();
         }
-        Ok(())
+        match refused.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Msrs(refused)),
+        }
     }
 }
 

@@ -185,7 +185,7 @@ pub fn read_parts(path: &Path) -> Result<(Header, Vec<u8>), Error> {
         source,
     };
     let mut file = open_regular(path).map_err(fault)?;
-    let mut start = Vec::new();
+    let mut start = Vec::with_capacity(MOST_HEADER as usize);
     (&mut file)
         .take(MOST_HEADER)
         .read_to_end(&mut start)
@@ -214,6 +214,8 @@ pub fn read_parts(path: &Path) -> Result<(Header, Vec<u8>), Error> {
         });
     }
     let rest = found.saturating_sub(body.len() as u64);
+    // At most MOST_STATE. One byte more, with which the end is seen at once.
+    body.reserve_exact(rest as usize + 1);
     file.take(rest).read_to_end(&mut body).map_err(fault)?;
     if checksum(&body) != header.xxh64 {
         return Err(Error::Checksum(path.into()));

@@ -76,6 +76,8 @@ pub(crate) struct Prepared {
     kernel: Option<Kernel>,
     /// Devices whose files, taps and sockets are open.
     devices: Opened,
+    /// What a VM that was kept needs of KVM before it is known.
+    begun: Option<vm::Begun>,
 }
 
 enum State {
@@ -210,6 +212,12 @@ impl Vmm {
             (State::Running(_) | State::Paused(_), _) => return Err(Error::AfterBoot),
         }
         Ok(Answer::Done)
+    }
+
+    /// Begin what a snapshot needs of KVM whatever is in it. A [`VmmRequest::LoadSnapshot`] must follow.
+    pub fn expect_snapshot(&mut self) -> Result<(), Error> {
+        self.prepared.begun = Some(vm::Begun::new(None, &vm::Aids::of(&self.host))?);
+        Ok(())
     }
 
     /// Go on from a snapshot.
