@@ -224,6 +224,7 @@ impl Vmm {
     fn load(&mut self, load: &LoadSnapshot) -> Result<(), Error> {
         let memory = load.memory_file().map_err(Error::Unsupported)?;
         let mut saved = snapshot::Saved::open(&load.snapshot_path, memory)?;
+        saved.clock_realtime = load.clock_realtime;
         saved.config.machine_config.track_dirty_pages |= load.track_dirty_pages;
         self.go_on(saved, load.resume_vm)
     }

@@ -111,6 +111,8 @@ impl PlatformState {
 pub struct Saved {
     pub snapshot: Snapshot,
     pub config: VmConfig,
+    /// The guest's clocks have not stood still since.
+    pub clock_realtime: bool,
     memory: File,
 }
 
@@ -123,6 +125,7 @@ impl Template {
             snapshot,
             config,
             memory,
+            clock_realtime: false,
         })
     }
 
@@ -148,6 +151,7 @@ impl Saved {
         Ok(Self {
             snapshot,
             config,
+            clock_realtime: false,
             memory,
         })
     }

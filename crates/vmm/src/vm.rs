@@ -22,7 +22,7 @@ use husk_arch::memory_map::Range;
 use husk_arch::{layout, mptable};
 use husk_config::{CreateSnapshot, DeviceUpdate, HugePages, MachineConfig, NewDevice, VmConfig};
 use husk_devices::boot_timer;
-use husk_kvm::{Kvm, Vcpu, VcpuState, VmState};
+use husk_kvm::{Kvm, Passed, Vcpu, VcpuState, VmState};
 use husk_loader::Kernel;
 use husk_sandbox::{Filters, Kind};
 use husk_snapshot::Lineage;
@@ -98,7 +98,7 @@ impl Vm {
                 Some(saved) => {
                     saved.fill(memory)?;
                     host.timeline.reach(Phase::KernelLoaded);
-                    Start::Saved(Box::new(saved.snapshot))
+                    Start::Saved(Box::new(saved.snapshot), saved.clock_realtime)
                 }
                 None => {
                     let root = opened.root_is_read_only(config)?;
@@ -346,6 +346,7 @@ impl Vm {
         state: &VmState,
         platform: PlatformState,
         told: &Receiver<Result<(), husk_kvm::Error>>,
+        passed: &Passed,
     ) -> Result<(), Error> {
         if let Some((first, _)) = &self.boot {
             first.is_put_back()?;
@@ -354,7 +355,7 @@ impl Vm {
             let failed = Error::State("a vCPU's thread failed");
             recv_soon(told).map_err(|_| failed)??;
         }
-        self.kvm.restore(state, false)?;
+        self.kvm.restore(state, passed)?;
         platform.restore(&mut self.platform);
         if let Some(address) = self.platform.generation_id {
             generation::renew(&self.memory, address)?;
@@ -569,18 +570,24 @@ impl Ready {
         } = self;
         let mut changes = Changes::new(&memory, None);
         let mut cpuids = Vec::new();
+        let mut passed = Passed::nothing();
         let mut saved_devices = None;
         let mut places = hotplug_slots(config, host);
         let (entry, mut states, rest) = match start {
             Start::Boot(boot) => (Some(boot), Vec::new().into_iter(), None),
-            Start::Saved(mut saved) => {
+            Start::Saved(mut saved, realtime) => {
+                passed = match realtime {
+                    true => saved.vm.passed(),
+                    false => Passed::nothing(),
+                };
                 changes = Changes::new(&memory, Some(&mut saved));
                 saved_devices = Some(std::mem::take(&mut saved.devices));
                 places = saved.platform.hotplug_slots();
                 cpuids = saved.vcpus.iter().map(VcpuState::cpuid).collect();
                 let mut states = saved.vcpus.into_iter();
                 // Its thread does it beside what follows.
-                first.put_back(states.next().ok_or(Error::State("no vCPU was saved"))?);
+                let state = states.next().ok_or(Error::State("no vCPU was saved"))?;
+                first.put_back(state, passed);
                 (None, states, Some((saved.vm, saved.platform)))
             }
         };
@@ -630,7 +637,7 @@ impl Ready {
                 let ready = match saved {
                     // Who listens has the fault.
                     Some(state) => {
-                        let _ = say.send(vcpu.restore(&state));
+                        let _ = say.send(vcpu.restore(&state, &passed));
                         Ok(())
                     }
                     None => template.set_up(&vcpu, index),
@@ -649,7 +656,7 @@ impl Ready {
         }
         drop(say);
         if let Some((state, platform)) = rest
-            && let Err(e) = vm.put_back(&state, platform, &told)
+            && let Err(e) = vm.put_back(&state, platform, &told, &passed)
         {
             vm.stop();
             return Err(e);
@@ -680,7 +687,7 @@ struct BootProcessor {
 
 /// What the boot vCPU's thread is told.
 enum Order {
-    PutBack(Box<VcpuState>),
+    PutBack(Box<VcpuState>, Passed),
     Go(Go),
 }
 
@@ -688,8 +695,8 @@ enum Order {
 enum Start {
     /// A kernel, which is in memory.
     Boot(Box<BootState>),
-    /// What was saved; memory is as it was.
-    Saved(Box<Snapshot>),
+    /// What was saved; memory is as it was. True: clocks have not stood still since.
+    Saved(Box<Snapshot>, bool),
 }
 
 /// What the boot vCPU's thread needs to enter the guest.
@@ -730,17 +737,19 @@ impl BootProcessor {
             // A main thread that has failed meanwhile does not listen, and tells nobody to go.
             let _ = say.send(made);
             drop((kvm, say, wanted));
-            let restore = |vcpu: &Vcpu, state: &VcpuState| drop(say_back.send(vcpu.restore(state)));
+            let restore = |vcpu: &Vcpu, state: &VcpuState, passed: &Passed| {
+                drop(say_back.send(vcpu.restore(state, passed)));
+            };
             // The main thread needs it to go on.
             let early = is_saved.then(|| recv_soon(&told).ok()).flatten();
-            if let Some(Order::PutBack(state)) = &early {
-                restore(&vcpu, state);
+            if let Some(Order::PutBack(state, passed)) = &early {
+                restore(&vcpu, state, passed);
             }
             // The host's kernel compiles the filter: beside what the main thread still does, not when the guest waits.
             aids.filters.confine(Kind::Vcpu);
             loop {
                 match recv_soon(&told) {
-                    Ok(Order::PutBack(state)) => restore(&vcpu, &state),
+                    Ok(Order::PutBack(state, passed)) => restore(&vcpu, &state, &passed),
                     Ok(Order::Go(Go { shared, entry })) => {
                         let ready = entry.map_or(Ok(()), |boot| set_entry(&vcpu, &boot));
                         return vcpu::enter(0, &mut vcpu, &shared, ready);
@@ -776,9 +785,9 @@ impl BootProcessor {
     }
 
     /// Have the vCPU become what it was; [`BootProcessor::is_put_back`] tells whether it has.
-    fn put_back(&self, state: VcpuState) {
+    fn put_back(&self, state: VcpuState, passed: Passed) {
         if let Some(orders) = &self.orders {
-            let _ = orders.send(Order::PutBack(Box::new(state)));
+            let _ = orders.send(Order::PutBack(Box::new(state), passed));
         }
     }
 
