@@ -321,21 +321,20 @@ impl Vm {
     ) -> Result<String, Error> {
         let (id, memory) = (snapshot::new_id()?, &create.mem_file_path);
         let (size, vm) = (self.memory.size(), self.kvm.state()?);
-        let lineage = match diff {
+        let (memory, lineage) = match diff {
             None => {
-                snapshot::write_memory(&self.memory, memory)?;
-                Lineage::full(id.clone())
+                let memory = snapshot::write_memory(&self.memory, memory)?;
+                (memory, Lineage::full(id.clone()))
             }
             Some((parent, taken)) => {
                 let pages = taken.pages(&self.memory);
-                snapshot::write_pages(&self.memory, &pages, memory)?;
-                Lineage::diff(id.clone(), parent, &pages)
+                let memory = snapshot::write_pages(&self.memory, &pages, memory)?;
+                (memory, Lineage::diff(id.clone(), parent, &pages))
             }
         };
         let own = (&self.platform, &self.devices);
         let snapshot = Snapshot::new(config, (size, lineage), vm, vcpus, own)?;
-        // The state comes last: without it there is no snapshot.
-        husk_snapshot::write_state(&create.snapshot_path, &snapshot)?;
+        husk_snapshot::keep(&create.snapshot_path, &snapshot, memory)?;
         Ok(id)
     }
 
