@@ -398,6 +398,10 @@ pub struct RestoreArgs {
     #[arg(long, requires = "api_sock")]
     pub paused: bool,
 
+    /// Let the guest's clocks go on as if they had never stood still
+    #[arg(long)]
+    pub clock_realtime: bool,
+
     /// Let the VM be steered over a Unix socket
     #[arg(long, value_name = "PATH")]
     pub api_sock: Option<PathBuf>,

@@ -318,8 +318,10 @@ impl Session {
                 self.boot(ears)?
             }
             First::Restore(load) => {
-                // Its files are strangers'.
                 self.provide_for_programs()?;
+                // KVM tells of the host's processor meanwhile.
+                self.vmm.expect_snapshot()?;
+                // Its files are strangers'.
                 self.filters
                     .install(Kind::Builder)
                     .map_err(|e| trouble(&e))?;

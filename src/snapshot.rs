@@ -122,6 +122,7 @@ pub fn restore(arguments: &RestoreArgs, start: Instant) -> Result<u8, Failure> {
         mem_file_path: Some(arguments.dir.join(MEMORY)),
         track_dirty_pages: arguments.track_dirty_pages,
         resume_vm: !arguments.paused,
+        clock_realtime: arguments.clock_realtime,
     };
     let socket = |path: &PathBuf| ApiSocket {
         path: path.clone(),

@@ -15,7 +15,7 @@ use common::{Vm, husk, temp_dir, text};
 use husk_api::client;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Counts seconds of the guest's clock, and looks at a file of random bytes each time.
 const SCRIPT: &str = "
@@ -73,6 +73,19 @@ fn places(dir: &Path) -> Value {
     json!({ "snapshot_path": dir.join("state"), "mem_file_path": dir.join("memory") })
 }
 
+/// For how long a guest is kept: more than it counts in a round.
+const AWAY: Duration = Duration::from_secs(8);
+
+/// What the guest's monotonic and wall clock said in a turn, in seconds.
+fn clocks(served: &Served, turn: u32) -> (u64, u64) {
+    let said = served.vm.stdout.bytes();
+    let said = String::from_utf8_lossy(&said);
+    let line = said.split(&format!("turn {turn} at ")).nth(1).unwrap();
+    let mut words = line.split_whitespace();
+    let mut number = || words.find_map(|word| word.parse().ok()).unwrap();
+    (number(), number())
+}
+
 /// `hears`: the kernel has a driver for the VM generation ID.
 fn a_guest_goes_on_with_its_memory_clock_and_processors(kernel: &Kernel, hears: bool) {
     let guest = Guest::new(kernel, Some(SCRIPT));
@@ -88,18 +101,40 @@ fn a_guest_goes_on_with_its_memory_clock_and_processors(kernel: &Kernel, hears: 
     served.done("PUT", "/machine-config", machine);
     served.done("PUT", "/actions", json!({ "action_type": "InstanceStart" }));
     served.vm.expect("turn 2 at ");
+    served.vm.expect(" end");
     let mut turn = 2;
-    // Of the guest that booted, and then of one that was a snapshot already.
-    for _ in 0..2 {
+    // Of the guest that booted, and then of one that was a snapshot already, and whose clocks have not stood still.
+    for realtime in [false, true] {
+        let (uptime, _) = clocks(&served, turn);
         served.done("PATCH", "/vm", json!({ "state": "Paused" }));
         served.done("PUT", "/snapshot/create", places(dir.path()));
         drop(served);
+        std::thread::sleep(AWAY);
         served = Served::start();
         let mut load = places(dir.path());
         load["resume_vm"] = true.into();
+        load["clock_realtime"] = realtime.into();
+        let began = Instant::now();
         served.done("PUT", "/snapshot/load", load);
         turn += 3;
         served.vm.expect(&format!("turn {turn} at "));
+        served.vm.expect(" end");
+        let (later, wall) = clocks(&served, turn);
+        let (ran, away) = (began.elapsed().as_secs() + 2, AWAY.as_secs());
+        match realtime {
+            false => assert!(
+                (uptime..=uptime + ran).contains(&later),
+                "{uptime}, {later}"
+            ),
+            true => {
+                assert!(later >= uptime + away, "{uptime}, {later}");
+                let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+                assert!(
+                    now.unwrap().as_secs().abs_diff(wall) <= 1,
+                    "{now:?}, {wall}"
+                );
+            }
+        }
     }
     served.vm.send(b"end\n");
     served.vm.expect("VMGENCTR:00");

@@ -20,15 +20,15 @@ pub fn paused() -> Served {
     served
 }
 
-fn create(served: &Served, dir: &Path) {
+pub fn create(served: &Served, dir: &Path) {
     served.done("PUT", "/snapshot/create", places(dir));
 }
 
-fn places(dir: &Path) -> Value {
+pub fn places(dir: &Path) -> Value {
     json!({ "snapshot_path": dir.join("state"), "mem_file_path": dir.join("memory") })
 }
 
-fn load(dir: &Path, resume: bool) -> Value {
+pub fn load(dir: &Path, resume: bool) -> Value {
     let backend = json!({ "backend_type": "File", "backend_path": dir.join("memory") });
     json!({ "snapshot_path": dir.join("state"), "mem_backend": backend, "resume_vm": resume })
 }
@@ -155,7 +155,7 @@ fn a_bad_snapshot_ends_a_fresh_process_with_the_reason() {
 }
 
 #[track_caller]
-fn assert_ends(body: Value, words: &[&str]) {
+pub fn assert_ends(body: Value, words: &[&str]) {
     let mut served = Served::start(&[]);
     let said = served.refused("PUT", "/snapshot/load", body);
     for word in words {
@@ -177,7 +177,7 @@ fn a_process_that_was_configured_lives_on() {
 }
 
 #[track_caller]
-fn command(arguments: &[&str]) -> Ended {
+pub fn command(arguments: &[&str]) -> Ended {
     Vm::start(husk().args(arguments), LIMIT).finish()
 }
 

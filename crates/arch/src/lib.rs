@@ -7,6 +7,7 @@ pub mod acpi;
 pub mod boot;
 pub mod cpu_templates;
 pub mod cpuid;
+pub mod host_check;
 pub mod layout;
 pub mod memory_map;
 pub mod mptable;

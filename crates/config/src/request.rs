@@ -189,6 +189,9 @@ pub struct LoadSnapshot {
     /// The guest runs at once; otherwise it is paused.
     #[serde(default)]
     pub resume_vm: bool,
+    /// The guest's clocks go on as if they had never stood still, by the host's wall clock; otherwise from where they were.
+    #[serde(default)]
+    pub clock_realtime: bool,
 }
 
 /// Where the memory of a snapshot comes from.

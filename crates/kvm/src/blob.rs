@@ -41,6 +41,22 @@ fn copy(from: &[u8], to: &mut [u8]) {
     }
 }
 
+/// What a character is worth, 16 or more: no digit. Restoring a VM reads tens of thousands of them.
+static VALUES: [u8; 256] = {
+    let mut values = [u8::MAX; 256];
+    let mut digit = 0;
+    while digit < 10 {
+        values[b'0' as usize + digit] = digit as u8;
+        digit += 1;
+    }
+    while digit < 16 {
+        values[b'a' as usize + digit - 10] = digit as u8;
+        values[b'A' as usize + digit - 10] = digit as u8;
+        digit += 1;
+    }
+    values
+};
+
 const DIGITS: &[u8; 16] = b"0123456789abcdef";
 
 impl Serialize for Blob {
@@ -60,8 +76,8 @@ impl<'de> Deserialize<'de> for Blob {
         let text = String::deserialize(deserializer)?;
         let pairs = text.as_bytes().chunks(2).map(|pair| match pair {
             [high, low] => {
-                let value = |digit: u8| char::from(digit).to_digit(16);
-                Some((value(*high)? << 4 | value(*low)?) as u8)
+                let value = |digit: u8| VALUES.get(usize::from(digit)).copied().filter(|v| *v < 16);
+                Some(value(*high)? << 4 | value(*low)?)
             }
             _ => None,
         });

@@ -49,15 +49,26 @@ pub enum Error {
     /// State of another KVM or processor, or none.
     #[error("the snapshot's {0} is not what this KVM takes")]
     State(&'static str, #[source] errno::Error),
-    /// An MSR of a snapshot.
-    #[error("this KVM does not take {value:#x} in MSR {index:#x} of the snapshot")]
-    Msr {
-        /// Which.
-        index: u32,
-        /// What it should become.
-        value: u64,
+    /// MSRs of a snapshot: index, and what it should become.
+    #[error("this KVM does not take what the snapshot has in MSR {}", msrs(.0))]
+    Msrs(Vec<(u32, u64)>),
+    /// The guest has measured its TSC, and counts on it.
+    #[error(
+        "the snapshot's TSC runs at {saved} kHz, and this host's at {here} kHz, which KVM cannot scale here: load it on a host with the same frequency"
+    )]
+    TscFrequency {
+        /// In kHz.
+        saved: u32,
+        /// Likewise.
+        here: u32,
     },
     /// Any other ioctl.
     #[error("the KVM call {0} failed")]
     Ioctl(&'static str, #[source] errno::Error),
+}
+
+fn msrs(list: &[(u32, u64)]) -> String {
+    let names = list.iter();
+    let names = names.map(|(index, value)| format!("{index:#x} ({value:#x})"));
+    names.collect::<Vec<_>>().join(", ")
 }

@@ -13,7 +13,7 @@ mod vm;
 pub use error::Error;
 pub use kvm_bindings as bindings;
 pub use routes::MsiVectors;
-pub use state::{VcpuState, VmState};
+pub use state::{Passed, VcpuState, VmState};
 pub use vcpu::{Exit, Vcpu};
 pub use vm::Vm;
 

@@ -7,23 +7,30 @@ use crate::blob::Blob;
 use crate::vcpu::{libc_error, msr_entries};
 use crate::{Error, Vcpu, Vm};
 use kvm_bindings::{
-    CpuId, KVM_CLOCK_TSC_STABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
+    KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
     kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
     kvm_xsave,
 };
 use serde::{Deserialize, Serialize};
+use std::time::{Duration, Instant, SystemTime};
 use vmm_sys_util::errno;
 
+/// IA32_TIME_STAMP_COUNTER.
+const TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE. KVM forgets it when the local APIC's timer is set, so it comes after that.
 const TSC_DEADLINE: u32 = 0x6e0;
+/// How far a TSC's frequency may be from what the guest measured, in millionths: KVM's own default (tsc_tolerance_ppm).
+const TSC_TOLERANCE_PPM: u64 = 250;
 /// As many MSRs as one call takes.
 const MSRS_AT_ONCE: usize = 128;
+/// Most MSRs that one message names.
+const MOST_NAMED: usize = 8;
 
 /// A vCPU between two calls of [`Vcpu::run`].
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VcpuState {
-    /// What the guest sees of the processor.
+    /// What the guest was given of the processor.
     cpuid: Blob,
     /// Frequency of the guest's TSC.
     tsc_khz: Option<u32>,
@@ -39,6 +46,30 @@ pub struct VcpuState {
     msrs: Vec<(u32, u64)>,
 }
 
+/// How much later it is for a guest that goes on.
+#[derive(Clone, Copy, Debug)]
+pub struct Passed {
+    /// For which its clocks have not stood still.
+    slept: Duration,
+    /// When its vCPUs began to be put back. They come one after the other, and their TSCs agree all the same.
+    begun: Instant,
+}
+
+impl Passed {
+    /// Since the VM began to be put back; nothing.
+    pub fn nothing() -> Self {
+        Self {
+            slept: Duration::ZERO,
+            begun: Instant::now(),
+        }
+    }
+
+    fn ticks(&self, khz: u32) -> u64 {
+        let ns = (self.slept + self.begun.elapsed()).as_nanos();
+        u64::try_from(ns.saturating_mul(khz.into()) / 1_000_000).unwrap_or(u64::MAX)
+    }
+}
+
 /// Interrupt controllers, timer and clock of a VM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VmState {
@@ -47,6 +78,33 @@ pub struct VmState {
     ioapic: Blob,
     pit: Blob,
     clock: Blob,
+    /// When it was told: the host's wall clock, in nanoseconds since 1970.
+    #[serde(default)]
+    told_at: Option<u64>,
+}
+
+impl VmState {
+    /// What has passed by the host's wall clock since the state was told. Nothing where that is not known, or was later.
+    pub fn passed(&self) -> Passed {
+        let told = self.told_at.map(Duration::from_nanos);
+        let slept = told.and_then(|told| wall_clock().checked_sub(told));
+        Passed {
+            slept: slept.unwrap_or_default(),
+            ..Passed::nothing()
+        }
+    }
+}
+
+fn wall_clock() -> Duration {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.unwrap_or_default()
+}
+
+impl VcpuState {
+    /// What the guest sees of the processor.
+    pub fn cpuid(&self) -> Vec<kvm_cpuid_entry2> {
+        self.cpuid.to_all()
+    }
 }
 
 fn failed(call: &'static str) -> impl Fn(errno::Error) -> Error {
@@ -70,16 +128,13 @@ impl Vcpu {
         let xcrs = fd.get_xcrs().map_err(failed("KVM_GET_XCRS"))?;
         let debug_regs = fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?;
         let lapic = fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
-        let cpuid = fd
-            .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
-            .map_err(failed("KVM_GET_CPUID2"))?;
         let msrs = self.msrs(msrs)?;
         // Behind the others, which may make events of what is pending.
         let events = fd
             .get_vcpu_events()
             .map_err(failed("KVM_GET_VCPU_EVENTS"))?;
         Ok(VcpuState {
-            cpuid: Blob::of(cpuid.as_slice()),
+            cpuid: Blob::of(&self.given.borrow()[..]),
             tsc_khz: fd.get_tsc_khz().ok(),
             regs: Blob::of(&regs),
             sregs: Blob::of(&sregs),
@@ -93,15 +148,15 @@ impl Vcpu {
         })
     }
 
-    /// Make this vCPU, which has not run, what `state` was.
-    pub fn restore(&self, state: &VcpuState) -> Result<(), Error> {
+    /// Make this vCPU, which has not run, what `state` was; its TSC goes on from where it was, and what has `passed`. One that is put
+    /// back within a second of another's (by `passed`) KVM keeps in step with that.
+    pub fn restore(&self, state: &VcpuState, passed: &Passed) -> Result<(), Error> {
         let fd = &self.fd;
-        let cpuid = CpuId::from_entries(&state.cpuid.to_all::<kvm_cpuid_entry2>())
-            .map_err(|_| Error::State("CPUID", libc_error(libc::E2BIG)))?;
-        fd.set_cpuid2(&cpuid).map_err(refused("CPUID"))?;
-        if let Some(khz) = state.tsc_khz.filter(|khz| fd.get_tsc_khz() != Ok(*khz)) {
-            fd.set_tsc_khz(khz).map_err(refused("TSC frequency"))?;
-        }
+        self.set_cpuid(&state.cpuid()).map_err(|e| match e {
+            Error::Ioctl(_, e) => Error::State("CPUID", e),
+            other => other,
+        })?;
+        self.restore_tsc_khz(state.tsc_khz)?;
         // The APIC's base is in the special registers, and decides what the APIC's state means.
         fd.set_mp_state(state.mp_state.to::<kvm_mp_state>())
             .map_err(refused("multiprocessing state"))?;
@@ -119,15 +174,37 @@ impl Vcpu {
             .map_err(refused("debug registers"))?;
         fd.set_lapic(&state.lapic.to::<kvm_lapic_state>())
             .map_err(refused("local APIC"))?;
+        let khz = state.tsc_khz.or(fd.get_tsc_khz().ok()).unwrap_or_default();
+        let now = |(index, value): (u32, u64)| match index {
+            TSC => (index, value.wrapping_add(passed.ticks(khz))),
+            _ => (index, value),
+        };
         let (deadline, others): (Vec<_>, Vec<_>) = state
             .msrs
             .iter()
             .copied()
+            .map(now)
             .partition(|&(index, _)| index == TSC_DEADLINE);
         self.restore_msrs(&others)?;
         self.restore_msrs(&deadline)?;
         fd.set_vcpu_events(&state.events.to::<kvm_vcpu_events>())
             .map_err(refused("pending events"))
+    }
+
+    /// Without scaling, KVM lets the TSC run at the host's speed and catch up at exits, or refuses: neither is what the guest had.
+    fn restore_tsc_khz(&self, saved: Option<u32>) -> Result<(), Error> {
+        let (Some(saved), Ok(here)) = (saved, self.fd.get_tsc_khz()) else {
+            return Ok(());
+        };
+        let within = u64::from(here) * TSC_TOLERANCE_PPM / 1_000_000;
+        if saved == here || (!self.scales_tsc && u64::from(saved.abs_diff(here)) <= within) {
+            return Ok(());
+        }
+        let other = Error::TscFrequency { saved, here };
+        match self.scales_tsc {
+            true => self.fd.set_tsc_khz(saved).map_err(|_| other),
+            false => Err(other),
+        }
     }
 
     /// Values of those of `indices` that this vCPU has.
@@ -154,16 +231,24 @@ impl Vcpu {
     }
 
     fn restore_msrs(&self, values: &[(u32, u64)]) -> Result<(), Error> {
-        for some in values.chunks(MSRS_AT_ONCE) {
+        let mut rest = values;
+        let mut refused = Vec::new();
+        while !rest.is_empty() {
+            let some = &rest[..rest.len().min(MSRS_AT_ONCE)];
             let entries = msr_entries(some.iter().copied());
             let msrs = Msrs::from_entries(&entries)
                 .map_err(|_| Error::Ioctl("KVM_SET_MSRS", libc_error(libc::E2BIG)))?;
             let done = self.fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
-            if let Some(&(index, value)) = some.get(done) {
-                return Err(Error::Msr { index, value });
-            }
+            // It stops at the first that it does not take.
+            refused.extend(some.get(done).filter(|_| refused.len() < MOST_NAMED));
+            rest = rest
+                .get(done + usize::from(done < some.len())..)
+                .unwrap_or_default();
         }
-        Ok(())
+        match refused.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Msrs(refused)),
+        }
     }
 }
 
@@ -189,12 +274,13 @@ impl Vm {
             ioapic: chip(KVM_IRQCHIP_IOAPIC)?,
             pit: Blob::of(&self.fd.get_pit2().map_err(failed("KVM_GET_PIT2"))?),
             clock: Blob::of(&clock),
+            told_at: u64::try_from(wall_clock().as_nanos()).ok(),
         })
     }
 
-    /// Put back what [`Vm::state`] told, into a VM with interrupt controllers and vCPUs, of which none has run. The guest's
-    /// clock goes on from where it was; with `realtime` it has not stood still in between, where the host then told its wall clock.
-    pub fn restore(&self, state: &VmState, realtime: bool) -> Result<(), Error> {
+    /// Put back what [`Vm::state`] told, into a VM with interrupt controllers and vCPUs, which have been put back, and of which none
+    /// has run. The guest's clock goes on from where it was, and what has `passed`.
+    pub fn restore(&self, state: &VmState, passed: &Passed) -> Result<(), Error> {
         for (chip, id, part) in [
             (&state.pic_master, KVM_IRQCHIP_PIC_MASTER, "first 8259"),
             (&state.pic_slave, KVM_IRQCHIP_PIC_SLAVE, "second 8259"),
@@ -209,9 +295,10 @@ impl Vm {
         let pit: kvm_pit_state2 = state.pit.to();
         self.fd.set_pit2(&pit).map_err(refused("PIT"))?;
         let mut clock: kvm_clock_data = state.clock.to();
-        if !realtime {
-            clock.flags &= !kvm_bindings::KVM_CLOCK_REALTIME;
-        }
+        // KVM can add what has passed (KVM_CLOCK_REALTIME), but to this clock alone, and not on all hosts.
+        clock.flags &= !KVM_CLOCK_REALTIME;
+        let slept = u64::try_from(passed.slept.as_nanos()).unwrap_or(u64::MAX);
+        clock.clock = clock.clock.saturating_add(slept);
         self.fd.set_clock(&clock).map_err(refused("clock"))
     }
 }
@@ -270,8 +357,8 @@ mod tests {
         let text = serde_json::to_string(&(vm.state().unwrap(), vcpu.state(&msrs).unwrap()));
         let (vm_state, state): (VmState, VcpuState) = serde_json::from_str(&text.unwrap()).unwrap();
         let (other, mut next_vcpu) = counter(&kvm);
-        other.restore(&vm_state, false).unwrap();
-        next_vcpu.restore(&state).unwrap();
+        next_vcpu.restore(&state, &Passed::nothing()).unwrap();
+        other.restore(&vm_state, &Passed::nothing()).unwrap();
         assert_eq!(next_vcpu.msr(KERNEL_GS_BASE).unwrap(), Some(7));
         assert_eq!([next(&mut next_vcpu), next(&mut next_vcpu)], [3, 4]);
         // And the first one goes on as if nothing had been.
@@ -289,19 +376,19 @@ mod tests {
         let mut sregs: kvm_sregs = bad.sregs.to();
         sregs.cr4 = u64::MAX;
         bad.sregs = Blob::of(&sregs);
-        let error = vcpu.restore(&bad).unwrap_err();
+        let error = vcpu.restore(&bad, &Passed::nothing()).unwrap_err();
         assert!(error.to_string().contains("special registers"), "{error}");
         let mut bad = good();
         bad.msrs.push((0xdead_0000, 1));
-        let error = vcpu.restore(&bad).unwrap_err();
+        let error = vcpu.restore(&bad, &Passed::nothing()).unwrap_err();
         assert!(error.to_string().contains("0xdead0000"), "{error}");
         let mut bad = vm.state().unwrap();
         let mut ioapic: kvm_irqchip = bad.ioapic.to();
         ioapic.chip_id = 9;
         bad.ioapic = Blob::of(&ioapic);
-        let error = vm.restore(&bad, false).unwrap_err();
+        let error = vm.restore(&bad, &Passed::nothing()).unwrap_err();
         assert!(error.to_string().contains("I/O APIC"), "{error}");
-        vcpu.restore(&good()).unwrap();
+        vcpu.restore(&good(), &Passed::nothing()).unwrap();
     }
 
     #[test]
@@ -312,8 +399,52 @@ mod tests {
         let mut clock: kvm_clock_data = state.clock.to();
         clock.clock = 5_000_000_000;
         state.clock = Blob::of(&clock);
-        vm.restore(&state, false).unwrap();
-        let now = vm.state().unwrap().clock.to::<kvm_clock_data>().clock;
+        let clock = |state: &VmState, passed| {
+            vm.restore(state, &passed).unwrap();
+            vm.state().unwrap().clock.to::<kvm_clock_data>().clock
+        };
+        let now = clock(&state, Passed::nothing());
         assert!((5_000_000_000..6_000_000_000).contains(&now), "{now}");
+        state.told_at = Some(wall_clock().as_nanos() as u64 - 100_000_000_000);
+        let now = clock(&state, state.passed());
+        assert!((105_000_000_000..106_000_000_000).contains(&now), "{now}");
+        // A wall clock that was set back.
+        state.told_at = Some(u64::MAX);
+        let now = clock(&state, state.passed());
+        assert!((5_000_000_000..6_000_000_000).contains(&now), "{now}");
+    }
+
+    #[test]
+    fn time_stamp_counters_agree_however_late_a_vcpu_comes() {
+        let kvm = Kvm::open().unwrap();
+        let (vm, first) = counter(&kvm);
+        let second = vm.create_vcpu(1).unwrap();
+        let msrs = kvm.state_msrs().unwrap();
+        let states = [&first, &second].map(|vcpu| vcpu.state(&msrs).unwrap());
+        let (other, first) = counter(&kvm);
+        let second = other.create_vcpu(1).unwrap();
+        let khz = u64::from(states[0].tsc_khz.unwrap());
+        let slept = Duration::from_secs(1000);
+        let passed = Passed {
+            slept,
+            ..Passed::nothing()
+        };
+        first.restore(&states[0], &passed).unwrap();
+        // More than the second within which KVM takes two for one.
+        std::thread::sleep(Duration::from_millis(1200));
+        second.restore(&states[1], &passed).unwrap();
+        let now = |vcpu: &Vcpu| vcpu.msr(TSC).unwrap().unwrap();
+        let (one, two) = (now(&first), now(&second));
+        assert!(two.abs_diff(one) < khz * 100, "{one} {two}");
+        // Page-table-based KVM leaves a guest the host's own TSC.
+        let is_own = first.set_msr(TSC, 1).unwrap() && now(&first) < one;
+        if !is_own {
+            return eprintln!(
+                "this KVM takes no TSC: that it grows by what has passed was not looked at"
+            );
+        }
+        let was = states[0].msrs.iter().find(|(index, _)| *index == TSC);
+        let grown = one - was.unwrap().1;
+        assert!((1_001_000..1_010_000).contains(&(grown / khz)), "{grown}");
     }
 }

@@ -6,6 +6,7 @@ use kvm_bindings::{
     kvm_regs, kvm_run, kvm_sregs,
 };
 use kvm_ioctls::VcpuFd;
+use std::cell::RefCell;
 
 /// RFLAGS.IF: maskable interrupts are on.
 const RFLAGS_IF: u64 = 1 << 9;
@@ -15,6 +16,10 @@ const RFLAGS_IF: u64 = 1 << 9;
 pub struct Vcpu {
     pub(crate) fd: VcpuFd,
     run_size: usize,
+    /// KVM can let the guest's TSC run at another frequency than the host's.
+    pub(crate) scales_tsc: bool,
+    /// CPUID as it was set. Some KVMs (page-table-based ones) tell of more than that, which they do not support either.
+    pub(crate) given: RefCell<Vec<kvm_cpuid_entry2>>,
 }
 
 /// Why the guest stopped running on a vCPU.
@@ -74,14 +79,19 @@ pub enum Exit<'a> {
 }
 
 impl Vcpu {
-    pub(crate) fn new(mut fd: VcpuFd, run_size: usize) -> Self {
+    pub(crate) fn new(mut fd: VcpuFd, run_size: usize, scales_tsc: bool) -> Self {
         // A process that is forked from this one would keep the VM by it.
         let run: *mut kvm_run = fd.get_kvm_run();
         // SAFETY: the mapping is the vCPU's own, of `run_size` bytes, and the advice changes nothing in this process.
         if unsafe { libc::madvise(run.cast(), run_size, libc::MADV_DONTFORK) } != 0 {
             log::debug!("a vCPU's page is left to forks");
         }
-        Self { fd, run_size }
+        Self {
+            fd,
+            run_size,
+            scales_tsc,
+            given: RefCell::default(),
+        }
     }
 
     /// Set the CPUID leaves that the guest sees.
@@ -90,7 +100,9 @@ impl Vcpu {
             .map_err(|_| Error::Ioctl("KVM_SET_CPUID2", libc_error(libc::E2BIG)))?;
         self.fd
             .set_cpuid2(&cpuid)
-            .map_err(|e| Error::Ioctl("KVM_SET_CPUID2", e))
+            .map_err(|e| Error::Ioctl("KVM_SET_CPUID2", e))?;
+        self.given.replace(entries.to_vec());
+        Ok(())
     }
 
     /// Set MSRs, one after the other; one that this host does not have is left out.

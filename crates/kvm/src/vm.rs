@@ -4,7 +4,7 @@ use kvm_bindings::{
     KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY,
     kvm_irqchip, kvm_pit_config, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
 use std::sync::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -151,7 +151,13 @@ impl Vm {
     pub fn create_vcpu(&self, index: u32) -> Result<Vcpu, Error> {
         self.fd
             .create_vcpu(u64::from(index))
-            .map(|fd| Vcpu::new(fd, self.fd.run_size()))
+            .map(|fd| {
+                Vcpu::new(
+                    fd,
+                    self.fd.run_size(),
+                    self.fd.check_extension(Cap::TscControl),
+                )
+            })
             .map_err(|e| Error::CreateVcpu(index, e))
     }
 }

@@ -8,7 +8,9 @@
 //! large, and has only some pages: those that the state lists ([`Diff`]). Of these, too, what is zero is a hole. Extents decide nothing:
 //! file systems may have data where nothing was written.
 //!
-//! Both are written beside their place, synchronised and renamed, so that whoever looks sees the old file or the new one, whole.
+//! Both are written beside their place and synchronised. Then the state is renamed, with which the new snapshot is there, and the
+//! memory after it; whoever comes in between finds it by [`Header::memory`]. So there is the old snapshot or the new one, whole,
+//! whenever the process is killed. What others that were killed have left goes when the next one is complete.
 //!
 //! **Architecture Invariant:** a leaf. Nothing here knows KVM, devices or guest memory. Files are hostile: what is read is
 //! bounded and checked before it is believed.
@@ -22,14 +24,16 @@ pub use lineage::{Diff, Lineage};
 pub use merge::{MEMORY, Merged, STATE, merge};
 pub use pages::{PAGE, Pages, Run};
 
-use rustix::fs::{fdatasync, ftruncate};
+use rustix::fs::{FlockOperation, Mode, OFlags, fdatasync, flock, ftruncate, open};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::hash::Hasher;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 use twox_hash::XxHash64;
 
 /// What the first line says.
@@ -137,32 +141,65 @@ pub struct Header {
     pub length: u64,
     /// Of these bytes: XXH64 with seed 0, in hexadecimal.
     pub xxh64: String,
+    /// The name, beside its place, of the memory file until that has been put there. Where there is one of this name, it is this
+    /// state's, and what is in its place is an older one's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<String>,
 }
 
 /// Write a state file.
 pub fn write_state(path: &Path, state: &impl Serialize) -> Result<(), Error> {
+    write_fresh(path, state, None)?.finish()
+}
+
+/// Write the state that goes with `memory`, which is complete, and put both in their places.
+pub fn keep(path: &Path, state: &impl Serialize, memory: MemoryFile) -> Result<(), Error> {
+    let memory = memory.fresh;
+    let place = memory.path.clone();
+    let name = memory.beside.file_name();
+    let name = name.map(|name| name.to_string_lossy().into_owned());
+    let state = write_fresh(path, state, name)?;
+    memory.sync()?;
+    state.sync()?;
+    state.place()?;
+    memory.place()?;
+    sweep(&place);
+    sweep(path);
+    Ok(())
+}
+
+fn write_fresh(
+    path: &Path,
+    state: &impl Serialize,
+    memory: Option<String>,
+) -> Result<Fresh, Error> {
     let fault = |source| Error::Write {
         path: path.into(),
         source,
     };
     let body = serde_json::to_vec(state).map_err(|e| fault(e.into()))?;
-    let line = first_line(&body).map_err(|e| fault(e.into()))?;
+    let line = line_for(&body, memory).map_err(|e| fault(e.into()))?;
     let mut file = Fresh::create(path)?;
     file.file
         .write_all(&line)
         .and_then(|()| file.file.write_all(&body))
         .map_err(fault)?;
-    file.finish()
+    Ok(file)
 }
 
 /// The first line of a state file, for what follows it.
 pub fn first_line(body: &[u8]) -> Result<Vec<u8>, serde_json::Error> {
+    line_for(body, None)
+}
+
+fn line_for(body: &[u8], memory: Option<String>) -> Result<Vec<u8>, serde_json::Error> {
     let header = Header {
         format: MAGIC.into(),
         version: VERSION,
         husk: env!("CARGO_PKG_VERSION").into(),
         length: body.len() as u64,
         xxh64: checksum(body),
+        memory,
     };
     let mut line = serde_json::to_vec(&header)?;
     line.push(b'\n');
@@ -170,12 +207,13 @@ pub fn first_line(body: &[u8]) -> Result<Vec<u8>, serde_json::Error> {
 }
 
 /// Read a state file.
-pub fn read_state<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
-    let (_, body) = read_parts(path)?;
-    serde_json::from_slice(&body).map_err(|source| Error::Content {
+pub fn read_state<T: DeserializeOwned>(path: &Path) -> Result<(Header, T), Error> {
+    let (header, body) = read_parts(path)?;
+    let state = serde_json::from_slice(&body).map_err(|source| Error::Content {
         path: path.into(),
         source,
-    })
+    })?;
+    Ok((header, state))
 }
 
 /// The first line of a state file, and what follows, which is whole.
@@ -185,7 +223,7 @@ pub fn read_parts(path: &Path) -> Result<(Header, Vec<u8>), Error> {
         source,
     };
     let mut file = open_regular(path).map_err(fault)?;
-    let mut start = Vec::new();
+    let mut start = Vec::with_capacity(MOST_HEADER as usize);
     (&mut file)
         .take(MOST_HEADER)
         .read_to_end(&mut start)
@@ -214,6 +252,8 @@ pub fn read_parts(path: &Path) -> Result<(Header, Vec<u8>), Error> {
         });
     }
     let rest = found.saturating_sub(body.len() as u64);
+    // At most MOST_STATE. One byte more, with which the end is seen at once.
+    body.reserve_exact(rest as usize + 1);
     file.take(rest).read_to_end(&mut body).map_err(fault)?;
     if checksum(&body) != header.xxh64 {
         return Err(Error::Checksum(path.into()));
@@ -225,6 +265,18 @@ fn checksum(bytes: &[u8]) -> String {
     let mut hash = XxHash64::with_seed(0);
     hash.write(bytes);
     format!("{:016x}", hash.finish())
+}
+
+/// Open the memory file of `size` bytes that goes with a state.
+pub fn open_memory_of(header: &Header, path: &Path, size: u64) -> Result<File, Error> {
+    let is_plain = |name: &&str| !name.contains('/') && name.starts_with('.') && name.len() > 2;
+    if let Some(name) = header.memory.as_deref().filter(is_plain) {
+        let beside = path.with_file_name(name);
+        if fs::symlink_metadata(&beside).is_ok_and(|about| about.is_file()) {
+            return open_memory(&beside, size);
+        }
+    }
+    open_memory(path, size)
 }
 
 /// Open a memory file of `size` bytes.
@@ -247,7 +299,6 @@ pub fn open_memory(path: &Path, size: u64) -> Result<File, Error> {
 
 /// A FIFO would block, a directory be strange.
 fn open_regular(path: &Path) -> io::Result<File> {
-    use rustix::fs::{Mode, OFlags, open};
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let file = File::from(open(path, flags, Mode::empty())?);
     match file.metadata()?.is_file() {
@@ -319,6 +370,49 @@ impl MemoryFile {
 /// From how many bytes on a write past the page cache is faster.
 const LARGE: usize = 128 << 10;
 
+fn beside_start(name: &OsStr) -> OsString {
+    let mut start = OsString::from(".");
+    start.push(name);
+    start.push(".");
+    start
+}
+
+/// Remove what processes that were killed have left beside a place. Only what is named as [`Fresh`] names it, and nobody holds.
+fn sweep(path: &Path) {
+    let (Some(name), Some(dir)) = (path.file_name(), path.parent()) else {
+        return;
+    };
+    let dir = match dir.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => dir,
+    };
+    let start = beside_start(name);
+    let is_ours = |name: &OsStr| {
+        let rest = name
+            .as_encoded_bytes()
+            .strip_prefix(start.as_encoded_bytes());
+        let rest = rest.and_then(|rest| std::str::from_utf8(rest).ok());
+        let parts = rest.and_then(|rest| rest.split_once('-'));
+        parts.is_some_and(|(pid, time)| {
+            let is_hex = |c: char| c.is_ascii_hexdigit();
+            !pid.is_empty() && pid.chars().all(|c| c.is_ascii_digit()) && time.chars().all(is_hex)
+        })
+    };
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if !is_ours(&entry.file_name()) {
+            continue;
+        }
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW;
+        let Ok(file) = open(entry.path(), flags, Mode::empty()) else {
+            continue;
+        };
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            // One that somebody else removes at the same time is gone as well.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// A file that is written beside its place. Dropped before it is complete, it goes.
 struct Fresh {
     path: PathBuf,
@@ -335,12 +429,12 @@ impl Fresh {
         };
         let name = path.file_name().ok_or(io::ErrorKind::IsADirectory);
         let name = name.map_err(|e| fault(e.into()))?;
-        let mut own = std::ffi::OsString::from(".");
-        own.push(name);
-        own.push(format!(".{}", std::process::id()));
+        let mut own = beside_start(name);
+        // Never the same again: a state names its memory by it.
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let now = now.unwrap_or_default().as_nanos();
+        own.push(format!("{}-{now:x}", std::process::id()));
         let beside = path.with_file_name(own);
-        // A name that is taken is that of a process which died: never written through.
-        let _ = fs::remove_file(&beside);
         let file = {
             use std::os::unix::fs::OpenOptionsExt;
             let mut options = File::options();
@@ -348,6 +442,8 @@ impl Fresh {
             options.write(true).create_new(true).mode(0o600);
             options.open(&beside).map_err(fault)?
         };
+        // Who sweeps sees by it that somebody writes. Where a file system has no locks, nothing is swept either.
+        let _ = flock(&file, FlockOperation::NonBlockingLockExclusive);
         Ok(Self {
             path: path.into(),
             beside,
@@ -363,8 +459,16 @@ impl Fresh {
         }
     }
 
-    fn finish(mut self) -> Result<(), Error> {
-        fdatasync(&self.file).map_err(|e| self.fault(e.into()))?;
+    fn finish(self) -> Result<(), Error> {
+        self.sync()?;
+        self.place()
+    }
+
+    fn sync(&self) -> Result<(), Error> {
+        fdatasync(&self.file).map_err(|e| self.fault(e.into()))
+    }
+
+    fn place(mut self) -> Result<(), Error> {
         fs::rename(&self.beside, &self.path).map_err(|e| self.fault(e))?;
         self.done = true;
         Ok(())

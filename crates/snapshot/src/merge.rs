@@ -2,7 +2,7 @@
 
 use crate::lineage::Lineage;
 use crate::pages::{PAGE, Pages, Run};
-use crate::{Error, identity, open_memory, read_state, write_state};
+use crate::{Error, identity, open_memory_of, read_state, write_state};
 use rustix::fs::{
     FallocateFlags, FlockOperation, RenameFlags, SeekFrom, copy_file_range, fallocate, fdatasync,
     flock, fsync, ftruncate, ioctl_ficlone, renameat_with, seek,
@@ -87,7 +87,7 @@ struct Kept {
 impl Kept {
     fn open(dir: &Path) -> Result<Self, Error> {
         let path = dir.join(STATE);
-        let state: Value = read_state(&path)?;
+        let (header, state): (_, Value) = read_state(&path)?;
         let size = state.get("memory_size").and_then(Value::as_u64);
         let lineage = match state.get("lineage") {
             Some(lineage) => serde_json::from_value(lineage.clone()).ok(),
@@ -100,7 +100,7 @@ impl Kept {
             return Err(Error::Lineage(path));
         }
         Ok(Self {
-            memory: open_memory(&dir.join(MEMORY), size)?,
+            memory: open_memory_of(&header, &dir.join(MEMORY), size)?,
             state,
             lineage,
             size,

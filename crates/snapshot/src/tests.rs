@@ -27,11 +27,11 @@ fn what_was_written_is_read_by_who_knows_less_or_more() {
     let dir = tempfile::tempdir().unwrap();
     let path = sample(&dir);
     let vcpus = vec![1, 2, 3];
-    assert_eq!(read_state::<Old>(&path).unwrap(), Old { vcpus });
+    assert_eq!(read_state::<Old>(&path).unwrap().1, Old { vcpus });
     let vcpus = vec![9];
     write_state(&path, &Old { vcpus }).unwrap();
     let vcpus = vec![9];
-    assert_eq!(read_state::<New>(&path).unwrap(), New { vcpus, more: 0 });
+    assert_eq!(read_state::<New>(&path).unwrap().1, New { vcpus, more: 0 });
     // Nothing was left beside it, and nobody else may read it.
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     use std::os::unix::fs::PermissionsExt;
@@ -55,7 +55,7 @@ fn every_torn_or_changed_file_is_refused() {
         changed[at] ^= 1;
         fs::write(&path, &changed).unwrap();
         // In the first line the version of Husk is for people, and so is how the letters of the checksum are written.
-        if let Ok(state) = read_state::<New>(&path) {
+        if let Ok((_, state)) = read_state::<New>(&path) {
             assert_eq!(state.vcpus, [1, 2, 3], "{at}");
             let line = whole.iter().position(|&byte| byte == b'\n').unwrap();
             assert!(at < line, "{at}");

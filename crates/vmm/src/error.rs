@@ -165,6 +165,9 @@ pub enum Error {
     /// The host's processor is not the template's.
     #[error(transparent)]
     CpuTemplate(#[from] husk_arch::cpu_templates::Error),
+    /// A guest that was kept cannot go on here.
+    #[error(transparent)]
+    OtherHost(#[from] husk_arch::host_check::Error),
     /// An MSR that this host does not have.
     #[error(
         "cpu-config (or the CPU template) changes MSR {0:#x}, which this host's KVM does not have; leave it out, or use another host"
@@ -235,6 +238,7 @@ impl Error {
             | Error::TooManyVcpus { .. }
             | Error::NoCapability(_)
             | Error::CpuTemplate(_)
+            | Error::OtherHost(_)
             | Error::NoMsr(_)
             | Error::MsrValue { .. }
             | Error::Device(..)

@@ -3,10 +3,6 @@
 
 use crate::error::Error;
 use crate::memory::GuestMemory;
-use husk_devices::power::PowerPorts;
-use husk_kvm::{Vcpu, VcpuState};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Write a new ID to `address`. No vCPU runs.
 pub fn renew(memory: &GuestMemory, address: u64) -> Result<(), Error> {
@@ -17,39 +13,4 @@ pub fn renew(memory: &GuestMemory, address: u64) -> Result<(), Error> {
     *version = *version & 0x0f | 0x40;
     *variant = *variant & 0x3f | 0x80;
     Ok(memory.write(address, &id)?)
-}
-
-/// Tells the guest of its new ID when the last of its vCPUs has its state: an interrupt that came before would be overwritten.
-pub struct News {
-    power: Arc<PowerPorts>,
-    missing: AtomicU32,
-}
-
-impl News {
-    /// For a guest of `vcpus`.
-    pub fn new(power: &Arc<PowerPorts>, vcpus: u32) -> Arc<Self> {
-        Arc::new(Self {
-            power: Arc::clone(power),
-            missing: AtomicU32::new(vcpus),
-        })
-    }
-}
-
-/// What a vCPU goes on from.
-pub struct Kept {
-    pub state: VcpuState,
-    pub news: Option<Arc<News>>,
-}
-
-impl Kept {
-    /// Let `vcpu` be what was kept. On its thread, once.
-    pub fn restore(self, vcpu: &mut Vcpu) -> Result<(), Error> {
-        vcpu.restore(&self.state)?;
-        if let Some(news) = self.news
-            && news.missing.fetch_sub(1, Ordering::AcqRel) == 1
-        {
-            news.power.notify_generation();
-        }
-        Ok(())
-    }
 }

@@ -76,6 +76,8 @@ pub(crate) struct Prepared {
     kernel: Option<Kernel>,
     /// Devices whose files, taps and sockets are open.
     devices: Opened,
+    /// What a VM that was kept needs of KVM before it is known.
+    begun: Option<vm::Begun>,
 }
 
 enum State {
@@ -212,10 +214,17 @@ impl Vmm {
         Ok(Answer::Done)
     }
 
+    /// Begin what a snapshot needs of KVM whatever is in it. A [`VmmRequest::LoadSnapshot`] must follow.
+    pub fn expect_snapshot(&mut self) -> Result<(), Error> {
+        self.prepared.begun = Some(vm::Begun::new(None, &vm::Aids::of(&self.host))?);
+        Ok(())
+    }
+
     /// Go on from a snapshot.
     fn load(&mut self, load: &LoadSnapshot) -> Result<(), Error> {
         let memory = load.memory_file().map_err(Error::Unsupported)?;
         let mut saved = snapshot::Saved::open(&load.snapshot_path, memory)?;
+        saved.clock_realtime = load.clock_realtime;
         saved.config.machine_config.track_dirty_pages |= load.track_dirty_pages;
         self.go_on(saved, load.resume_vm)
     }

@@ -3,46 +3,73 @@
 use crate::error::Error;
 use crate::standby::Wanted;
 use husk_arch::cpuid::{self, CpuTopology, CpuidConfig, Template};
-use husk_arch::{cpu_templates, msrs};
+use husk_arch::{cpu_templates, host_check, msrs};
 use husk_config::{CpuConfig, KvmCapability, MsrModifier};
+use husk_kvm::bindings::kvm_cpuid_entry2;
 use husk_kvm::{Kvm, Vcpu};
 use std::borrow::Cow;
 
 /// What every vCPU of a VM is made from.
 pub struct Processor {
-    cpuid: Template,
+    /// None: of this host, for a snapshot.
+    cpuid: Option<Template>,
     msrs: Vec<MsrModifier>,
+    /// What this host's KVM can give to a guest.
+    supported: Vec<kvm_cpuid_entry2>,
+    tsc_deadline: bool,
 }
 
 impl Processor {
     /// As `wanted`, as far as this host has it.
     pub fn new(kvm: &Kvm, wanted: &Wanted) -> Result<Self, Error> {
-        let machine = &wanted.machine;
         let supported = kvm.supported_cpuid()?;
-        let changes = match &wanted.cpu_config {
-            Some(own) => Cow::Borrowed(own),
-            None => Cow::Owned(cpu_templates::cpu_config(machine.cpu_template, &supported)?),
-        };
+        let changes = changes(wanted, &supported)?;
         check_capabilities(kvm, &changes)?;
-        let cpuid = CpuidConfig {
-            topology: CpuTopology {
-                cpus: machine.vcpu_count,
-                threads_per_core: machine.threads_per_core(),
-            },
-            modifiers: &changes.cpuid_modifiers,
-            tsc_deadline: kvm.has_tsc_deadline_timer(),
-            tsc_khz: None,
-            pmu: false,
-        };
+        let tsc_deadline = kvm.has_tsc_deadline_timer();
+        let cpuid = prepare(wanted, &changes, &supported, tsc_deadline)?;
+        let msrs = changes.into_owned().msr_modifiers;
         Ok(Self {
-            cpuid: cpuid::prepare(&supported, &cpuid)?,
-            msrs: changes.into_owned().msr_modifiers,
+            cpuid: Some(cpuid),
+            msrs,
+            supported,
+            tsc_deadline,
         })
+    }
+
+    /// What this host has. No vCPU can be set up of it.
+    pub fn of_host(kvm: &Kvm) -> Result<Self, Error> {
+        Ok(Self {
+            cpuid: None,
+            msrs: Vec::new(),
+            supported: kvm.supported_cpuid()?,
+            tsc_deadline: kvm.has_tsc_deadline_timer(),
+        })
+    }
+
+    /// Whether this host gives all of the processors that were `saved`, by their CPUID, to a VM that is as `wanted`: nothing of it
+    /// may run otherwise.
+    pub fn check(&self, wanted: &Wanted, saved: &[Vec<kvm_cpuid_entry2>]) -> Result<(), Error> {
+        if saved.is_empty() {
+            return Ok(());
+        }
+        let prepared;
+        let here = match &self.cpuid {
+            Some(own) => own,
+            None => {
+                let changes = changes(wanted, &self.supported)?;
+                prepared = prepare(wanted, &changes, &self.supported, self.tsc_deadline)?;
+                &prepared
+            }
+        };
+        let here = here.for_cpu(0)?;
+        let check = |saved: &Vec<_>| host_check::check(saved, &here);
+        Ok(saved.iter().try_for_each(check)?)
     }
 
     /// Make `vcpu`, number `index`, such a processor. Runs on the vCPU's own thread.
     pub fn set_up(&self, vcpu: &Vcpu, index: u32) -> Result<(), Error> {
-        vcpu.set_cpuid(&self.cpuid.for_cpu(index)?)?;
+        let none = Error::State("no processor is configured");
+        vcpu.set_cpuid(&self.cpuid.as_ref().ok_or(none)?.for_cpu(index)?)?;
         vcpu.set_msrs(&msrs::boot_msrs())?;
         for MsrModifier { addr, bitmap } in &self.msrs {
             let index = *addr;
@@ -54,6 +81,39 @@ impl Processor {
         }
         Ok(())
     }
+}
+
+/// What the configuration changes of what KVM supports.
+fn changes<'a>(
+    wanted: &'a Wanted,
+    supported: &[kvm_cpuid_entry2],
+) -> Result<Cow<'a, CpuConfig>, Error> {
+    Ok(match &wanted.cpu_config {
+        Some(own) => Cow::Borrowed(own),
+        None => {
+            let template = wanted.machine.cpu_template;
+            Cow::Owned(cpu_templates::cpu_config(template, supported)?)
+        }
+    })
+}
+
+fn prepare(
+    wanted: &Wanted,
+    changes: &CpuConfig,
+    supported: &[kvm_cpuid_entry2],
+    tsc_deadline: bool,
+) -> Result<Template, Error> {
+    let config = CpuidConfig {
+        topology: CpuTopology {
+            cpus: wanted.machine.vcpu_count,
+            threads_per_core: wanted.machine.threads_per_core(),
+        },
+        modifiers: &changes.cpuid_modifiers,
+        tsc_deadline,
+        tsc_khz: None,
+        pmu: false,
+    };
+    Ok(cpuid::prepare(supported, &config)?)
 }
 
 fn check_capabilities(kvm: &Kvm, changes: &CpuConfig) -> Result<(), Error> {

@@ -8,7 +8,7 @@ use crate::platform::Platform;
 use husk_config::VmConfig;
 use husk_devices::{keyboard, pci_hotplug, serial};
 use husk_kvm::{VcpuState, VmState};
-use husk_snapshot::{Lineage, MemoryFile, Pages};
+use husk_snapshot::{Header, Lineage, MemoryFile, Pages};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -111,6 +111,8 @@ impl PlatformState {
 pub struct Saved {
     pub snapshot: Snapshot,
     pub config: VmConfig,
+    /// The guest's clocks have not stood still since.
+    pub clock_realtime: bool,
     memory: File,
 }
 
@@ -123,6 +125,7 @@ impl Template {
             snapshot,
             config,
             memory,
+            clock_realtime: false,
         })
     }
 
@@ -139,17 +142,26 @@ impl Template {
 impl Saved {
     /// Open the files of a snapshot, and see that they belong together.
     pub fn open(state: &Path, memory: &Path) -> Result<Self, Error> {
-        let (mut snapshot, config) = read(state)?;
-        if snapshot.lineage.diff.is_some() {
-            return Err(husk_snapshot::Error::IsDiff(state.into()).into());
+        let mut tries = 0;
+        loop {
+            let before = identity(state);
+            let (header, mut snapshot, config) = read(state)?;
+            if snapshot.lineage.diff.is_some() {
+                return Err(husk_snapshot::Error::IsDiff(state.into()).into());
+            }
+            let file = husk_snapshot::open_memory_of(&header, memory, snapshot.memory_size);
+            // A newer snapshot may have come into its place meanwhile, and its memory is not this state's.
+            tries += 1;
+            if identity(state) == before || tries >= TRIES {
+                snapshot.base = Base::of(snapshot.lineage.id(), [state, memory]);
+                return Ok(Self {
+                    snapshot,
+                    config,
+                    clock_realtime: false,
+                    memory: file?,
+                });
+            }
         }
-        snapshot.base = Base::of(snapshot.lineage.id(), [state, memory]);
-        let memory = husk_snapshot::open_memory(memory, snapshot.memory_size)?;
-        Ok(Self {
-            snapshot,
-            config,
-            memory,
-        })
     }
 
     /// Let the guest find its memory.
@@ -168,9 +180,18 @@ impl Saved {
     }
 }
 
+/// How often a snapshot that is being replaced is looked at anew.
+const TRIES: u32 = 8;
+
+/// Another one with each file that comes into a place.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let about = std::fs::metadata(path).ok()?;
+    Some(husk_snapshot::identity(&about))
+}
+
 /// The state and the configuration, as far as they can be checked without a VM.
-fn read(path: &Path) -> Result<(Snapshot, VmConfig), Error> {
-    let mut snapshot: Snapshot = husk_snapshot::read_state(path)?;
+fn read(path: &Path) -> Result<(Header, Snapshot, VmConfig), Error> {
+    let (header, mut snapshot): (_, Snapshot) = husk_snapshot::read_state(path)?;
     let config = VmConfig::from_saved(snapshot.config.take());
     let config = config.map_err(|source| husk_snapshot::Error::Content {
         path: path.into(),
@@ -187,13 +208,12 @@ fn read(path: &Path) -> Result<(Snapshot, VmConfig), Error> {
             "the snapshot's vCPUs are not those of its configuration",
         ));
     }
-    Ok((snapshot, config))
+    Ok((header, snapshot, config))
 }
 
 /// What is in a state file, in words.
 pub fn describe_snapshot(path: &Path) -> Result<String, Error> {
-    let (header, _) = husk_snapshot::read_parts(path)?;
-    let (snapshot, config) = read(path)?;
+    let (header, snapshot, config) = read(path)?;
     let lineage = &snapshot.lineage;
     let lineage = match (&lineage.diff, lineage.id()) {
         (Some(diff), _) => {
@@ -233,20 +253,20 @@ pub fn new_id() -> Result<String, Error> {
     Ok(format!("{:032x}", u128::from_ne_bytes(bytes)))
 }
 
-/// Write these pages of guest memory.
-pub fn write_pages(memory: &GuestMemory, pages: &Pages, path: &Path) -> Result<(), Error> {
+/// Write these pages of guest memory, beside its place.
+pub fn write_pages(memory: &GuestMemory, pages: &Pages, path: &Path) -> Result<MemoryFile, Error> {
     let file = MemoryFile::create_direct(path, memory.size())?;
     memory.each_of(pages, |offset, bytes| {
         file.write(offset, bytes).map_err(Error::from)
     })?;
-    Ok(file.finish()?)
+    Ok(file)
 }
 
-/// Write guest memory.
-pub fn write_memory(memory: &GuestMemory, path: &Path) -> Result<(), Error> {
+/// Write guest memory, beside its place.
+pub fn write_memory(memory: &GuestMemory, path: &Path) -> Result<MemoryFile, Error> {
     let file = MemoryFile::create(path, memory.size())?;
     memory.each_used(|offset, bytes| file.write(offset, bytes).map_err(Error::from))?;
-    Ok(file.finish()?)
+    Ok(file)
 }
 
 #[cfg(test)]

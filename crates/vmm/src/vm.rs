@@ -4,14 +4,14 @@ use crate::Prepared;
 use crate::changes::{Changes, Taken};
 use crate::devices::{self, Devices, IoThreads, Place};
 use crate::error::Error;
-use crate::generation::{self, Kept, News};
+use crate::generation;
 use crate::host::{Host, Watch};
 use crate::lifecycle::Outcome;
 use crate::load::load;
 use crate::memory::GuestMemory;
 use crate::platform::{Platform, hotplug_slots, platform};
 use crate::processor::Processor;
-use crate::snapshot::{self, Saved, Snapshot, Template};
+use crate::snapshot::{self, PlatformState, Saved, Snapshot, Template};
 use crate::spin::spin_for;
 use crate::standby::Wanted;
 use crate::timeline::{Phase, Timeline};
@@ -22,7 +22,7 @@ use husk_arch::memory_map::Range;
 use husk_arch::{layout, mptable};
 use husk_config::{CreateSnapshot, DeviceUpdate, HugePages, MachineConfig, NewDevice, VmConfig};
 use husk_devices::boot_timer;
-use husk_kvm::{Kvm, Vcpu, VcpuState};
+use husk_kvm::{Kvm, Passed, Vcpu, VcpuState, VmState};
 use husk_loader::Kernel;
 use husk_sandbox::{Filters, Kind};
 use husk_snapshot::Lineage;
@@ -85,18 +85,20 @@ impl Vm {
             standby,
             kernel,
             devices: opened,
+            begun,
         } = prepared;
         let made = match standby.take_if(|standby| *standby.wanted() == wanted) {
             Some(standby) => standby.take().transpose()?,
             None => None,
         };
         let kernel = kernel.take();
+        let is_saved = saved.is_some();
         let fill = |memory: &GuestMemory| {
             let start = match saved {
                 Some(saved) => {
                     saved.fill(memory)?;
                     host.timeline.reach(Phase::KernelLoaded);
-                    Start::Saved(Box::new(saved.snapshot))
+                    Start::Saved(Box::new(saved.snapshot), saved.clock_realtime)
                 }
                 None => {
                     let root = opened.root_is_read_only(config)?;
@@ -114,7 +116,15 @@ impl Vm {
                 let filled = fill(&ready.memory)?;
                 (ready, filled)
             }
-            None => Ready::make(&wanted, &Aids::of(host), fill)?,
+            None => {
+                let aids = Aids::of(host);
+                let own = (!is_saved).then_some(&wanted);
+                let begun = || match begun.take() {
+                    Some(begun) if is_saved => Ok(begun),
+                    _ => Begun::new(own, &aids),
+                };
+                Ready::make_of(&wanted, &aids, begun, fill)?
+            }
         };
         let loaded = Loaded {
             devices,
@@ -311,22 +321,46 @@ impl Vm {
     ) -> Result<String, Error> {
         let (id, memory) = (snapshot::new_id()?, &create.mem_file_path);
         let (size, vm) = (self.memory.size(), self.kvm.state()?);
-        let lineage = match diff {
+        let (memory, lineage) = match diff {
             None => {
-                snapshot::write_memory(&self.memory, memory)?;
-                Lineage::full(id.clone())
+                let memory = snapshot::write_memory(&self.memory, memory)?;
+                (memory, Lineage::full(id.clone()))
             }
             Some((parent, taken)) => {
                 let pages = taken.pages(&self.memory);
-                snapshot::write_pages(&self.memory, &pages, memory)?;
-                Lineage::diff(id.clone(), parent, &pages)
+                let memory = snapshot::write_pages(&self.memory, &pages, memory)?;
+                (memory, Lineage::diff(id.clone(), parent, &pages))
             }
         };
         let own = (&self.platform, &self.devices);
         let snapshot = Snapshot::new(config, (size, lineage), vm, vcpus, own)?;
-        // The state comes last: without it there is no snapshot.
-        husk_snapshot::write_state(&create.snapshot_path, &snapshot)?;
+        husk_snapshot::keep(&create.snapshot_path, &snapshot, memory)?;
         Ok(id)
+    }
+
+    /// Once its vCPUs are what they were (`told` by all but the boot vCPU), so is the rest: what the I/O APIC has pending goes to
+    /// their local APICs.
+    fn put_back(
+        &mut self,
+        state: &VmState,
+        platform: PlatformState,
+        told: &Receiver<Result<(), husk_kvm::Error>>,
+        passed: &Passed,
+    ) -> Result<(), Error> {
+        if let Some((first, _)) = &self.boot {
+            first.is_put_back()?;
+        }
+        for _ in &self.threads {
+            let failed = Error::State("a vCPU's thread failed");
+            recv_soon(told).map_err(|_| failed)??;
+        }
+        self.kvm.restore(state, passed)?;
+        platform.restore(&mut self.platform);
+        if let Some(address) = self.platform.generation_id {
+            generation::renew(&self.memory, address)?;
+            self.platform.power.notify_generation();
+        }
+        Ok(())
     }
 
     /// End the VM with `outcome` unless it has ended already.
@@ -395,17 +429,24 @@ fn memory_size(machine: &MachineConfig) -> Result<u64, Error> {
     if mib > host_mib {
         return Err(Error::MemoryTooLarge { mib, host_mib });
     }
-    let too_large = |bits| Error::AddressBits { mib, bits };
+    let size = mib.checked_mul(1 << 20);
+    let end = size.and_then(husk_arch::memory_map::memory_ranges);
+    let end = end.map(|(low, high)| high.unwrap_or(low).end());
+    // CPUID, which tells the rest, takes long where the host is itself a VM.
+    if let Some(size) = size.filter(|_| end.is_some_and(|end| end <= 1 << LEAST_ADDRESS_BITS)) {
+        return Ok(size);
+    }
     let bits = physical_address_bits();
-    let size = mib.checked_mul(1 << 20).ok_or(too_large(bits))?;
-    let end = husk_arch::memory_map::memory_ranges(size)
-        .map(|(low, high)| high.unwrap_or(low).end())
-        .ok_or(too_large(bits))?;
+    let too_large = |bits| Error::AddressBits { mib, bits };
+    let (size, end) = size.zip(end).ok_or(too_large(bits))?;
     match 1u64.checked_shl(bits) {
         Some(limit) if end > limit => Err(too_large(bits)),
         _ => Ok(size),
     }
 }
+
+/// What every x86-64 processor can address, in bits.
+const LEAST_ADDRESS_BITS: u32 = 36;
 
 /// What threads that make a machine need of the [`Host`].
 #[derive(Clone)]
@@ -420,6 +461,34 @@ impl Aids {
             timeline: Arc::clone(&host.timeline),
             filters: host.filters.clone(),
         }
+    }
+}
+
+/// KVM's VM, bare, and the thread that will be the boot vCPU's: what a VM needs that nothing is known of yet.
+pub struct Begun {
+    first: BootProcessor,
+    vm: husk_kvm::Vm,
+    most_vcpus: usize,
+}
+
+impl Begun {
+    /// Make it. Nothing else runs in this process meanwhile: for the first VM of a host, KVM has something done on each of
+    /// its processors, and waits ten times as long for one on which the host's CPUID is asked for.
+    ///
+    /// `wanted`: the processor is set up; otherwise it becomes one that was saved.
+    pub fn new(wanted: Option<&Wanted>, aids: &Aids) -> Result<Self, Error> {
+        let kvm = Arc::new(Kvm::open()?);
+        // It takes a while to start, and is there when it is needed.
+        let first = BootProcessor::start(Arc::clone(&kvm), wanted, aids)?;
+        let vm = kvm.create_vm()?;
+        first.vm_is_made();
+        aids.timeline.reach(Phase::VmCreated);
+        let most_vcpus = kvm.max_vcpus();
+        Ok(Self {
+            first,
+            vm,
+            most_vcpus,
+        })
     }
 }
 
@@ -443,6 +512,16 @@ impl Ready {
         aids: &Aids,
         meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error>,
     ) -> Result<(Self, T), Error> {
+        Self::make_of(wanted, aids, || Begun::new(Some(wanted), aids), meanwhile)
+    }
+
+    /// The same of what is `begun`.
+    fn make_of<T>(
+        wanted: &Wanted,
+        aids: &Aids,
+        begun: impl FnOnce() -> Result<Begun, Error>,
+        meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error>,
+    ) -> Result<(Self, T), Error> {
         // Before KVM's descriptors, so that it is dropped after them.
         let (size, pages) = (memory_size(&wanted.machine)?, wanted.machine.huge_pages);
         let mut memory = match wanted.shared_memory {
@@ -452,11 +531,15 @@ impl Ready {
         if wanted.machine.track_dirty_pages {
             memory.track();
         }
-        let kvm = Arc::new(Kvm::open()?);
-        // It takes a while to start, and is there when it is needed.
-        let mut first = BootProcessor::start(Arc::clone(&kvm), wanted, aids)?;
-        let vm = create_vm(&kvm, wanted)?;
-        aids.timeline.reach(Phase::VmCreated);
+        let Begun {
+            mut first,
+            vm,
+            most_vcpus: most,
+        } = begun()?;
+        let cpus = wanted.machine.vcpu_count;
+        if cpus as usize > most {
+            return Err(Error::TooManyVcpus { cpus, most });
+        }
         let (vcpu, others) = furnish(&vm, wanted, memory.slots(), &aids.timeline)?;
         first.furnish(vcpu);
         let done = meanwhile(&memory)?;
@@ -474,7 +557,7 @@ impl Ready {
         let Loaded {
             devices: opened,
             slots,
-            mut start,
+            start,
             asked,
         } = loaded;
         // In this order, because when this fails the last of them is dropped first, and memory must be the last to go.
@@ -484,14 +567,33 @@ impl Ready {
             others,
             first,
         } = self;
-        let (saved_devices, places) = match &mut start {
-            Start::Boot(_) => (None, hotplug_slots(config, host)),
-            Start::Saved(saved) => {
-                let devices = std::mem::take(&mut saved.devices);
-                (Some(devices), saved.platform.hotplug_slots())
+        let mut changes = Changes::new(&memory, None);
+        let mut cpuids = Vec::new();
+        let mut passed = Passed::nothing();
+        let mut saved_devices = None;
+        let mut places = hotplug_slots(config, host);
+        let (entry, mut states, rest) = match start {
+            Start::Boot(boot) => (Some(boot), Vec::new().into_iter(), None),
+            Start::Saved(mut saved, realtime) => {
+                passed = match realtime {
+                    true => saved.vm.passed(),
+                    false => Passed::nothing(),
+                };
+                changes = Changes::new(&memory, Some(&mut saved));
+                saved_devices = Some(std::mem::take(&mut saved.devices));
+                places = saved.platform.hotplug_slots();
+                cpuids = saved.vcpus.iter().map(VcpuState::cpuid).collect();
+                let mut states = saved.vcpus.into_iter();
+                // Its thread does it beside what follows.
+                let state = states.next().ok_or(Error::State("no vCPU was saved"))?;
+                first.put_back(state, passed);
+                (None, states, Some((saved.vm, saved.platform)))
             }
         };
         let (shared, mut platform) = platform(&kvm, config, host, asked, places)?;
+        if entry.is_some() {
+            platform.generation_id = Some(layout::GENERATION_ID);
+        }
         let place = Place {
             slots,
             bus: &shared.mmio,
@@ -502,31 +604,11 @@ impl Ready {
             log: memory.log(),
         };
         let devices = Devices::attach(opened, config.pci, &place, saved_devices)?;
+        if rest.is_some() {
+            shared.pause.begin_stopped();
+        }
         let template = first.template()?;
-        let mut changes = Changes::new(&memory, None);
-        let (entry, others_saved) = match start {
-            Start::Boot(boot) => {
-                platform.generation_id = Some(layout::GENERATION_ID);
-                (Entry::Boot(boot), Vec::new())
-            }
-            Start::Saved(mut saved) => {
-                changes = Changes::new(&memory, Some(&mut saved));
-                kvm.restore(&saved.vm, false)?;
-                saved.platform.restore(&mut platform);
-                shared.pause.begin_stopped();
-                let news = platform.generation_id.map(|address| {
-                    generation::renew(&memory, address)?;
-                    Ok::<_, Error>(News::new(&platform.power, saved.vcpus.len() as u32))
-                });
-                let news = news.transpose()?;
-                let mut vcpus = saved.vcpus.into_iter().map(|state| Kept {
-                    state,
-                    news: news.clone(),
-                });
-                let first = vcpus.next().ok_or(Error::State("no vCPU was saved"))?;
-                (Entry::Saved(Box::new(first)), vcpus.collect())
-            }
-        };
+        template.check(&Wanted::of(config), &cpuids)?;
         let go = Go {
             shared: Arc::clone(&shared),
             entry,
@@ -545,16 +627,21 @@ impl Ready {
             changes,
             memory,
         };
-        let mut others_saved = others_saved.into_iter();
+        let (say, told) = channel();
         for (index, mut vcpu) in (1u32..).zip(others) {
-            let saved = others_saved.next();
+            let saved = states.next();
             let (template, shared) = (Arc::clone(&template), Arc::clone(&shared));
-            let filters = host.filters.clone();
+            let (filters, say) = (host.filters.clone(), say.clone());
             let body = move || {
                 let ready = match saved {
-                    Some(kept) => kept.restore(&mut vcpu),
+                    // Who listens has the fault.
+                    Some(state) => {
+                        let _ = say.send(vcpu.restore(&state, &passed));
+                        Ok(())
+                    }
                     None => template.set_up(&vcpu, index),
                 };
+                drop(say);
                 filters.confine(Kind::Vcpu);
                 vcpu::enter(index, &mut vcpu, &shared, ready);
             };
@@ -565,6 +652,13 @@ impl Ready {
                     return Err(no_thread(e));
                 }
             }
+        }
+        drop(say);
+        if let Some((state, platform)) = rest
+            && let Err(e) = vm.put_back(&state, platform, &told, &passed)
+        {
+            vm.stop();
+            return Err(e);
         }
         Ok(vm)
     }
@@ -581,69 +675,104 @@ struct Loaded<'a> {
 
 /// The boot vCPU's thread, which sets the vCPU up and waits to be told to go. Dropped instead, it ends.
 struct BootProcessor {
+    made: Option<Sender<()>>,
     vcpu: Option<Sender<Vcpu>>,
-    go: Option<Sender<Go>>,
+    orders: Option<Sender<Order>>,
     thread: Option<VcpuThread>,
+    /// What this host's KVM and the configuration make of processors.
     template: Receiver<Result<Arc<Processor>, Error>>,
+    put_back: Receiver<Result<(), husk_kvm::Error>>,
+}
+
+/// What the boot vCPU's thread is told.
+enum Order {
+    PutBack(Box<VcpuState>, Passed),
+    Go(Go),
 }
 
 /// What a VM begins with.
 enum Start {
     /// A kernel, which is in memory.
     Boot(Box<BootState>),
-    /// What was saved; memory is as it was.
-    Saved(Box<Snapshot>),
-}
-
-/// Where the boot vCPU begins.
-enum Entry {
-    /// At the kernel's entry.
-    Boot(Box<BootState>),
-    /// Where it was.
-    Saved(Box<Kept>),
+    /// What was saved; memory is as it was. True: clocks have not stood still since.
+    Saved(Box<Snapshot>, bool),
 }
 
 /// What the boot vCPU's thread needs to enter the guest.
 struct Go {
     shared: Arc<Shared>,
-    entry: Entry,
+    /// The kernel's entry; None: where it was.
+    entry: Option<Box<BootState>>,
 }
 
 impl BootProcessor {
-    fn start(kvm: Arc<Kvm>, wanted: &Wanted, aids: &Aids) -> Result<Self, Error> {
+    fn start(kvm: Arc<Kvm>, wanted: Option<&Wanted>, aids: &Aids) -> Result<Self, Error> {
+        let (made, is_made) = channel::<()>();
         let (give, given) = channel::<Vcpu>();
         let (say, template) = channel();
-        let (go, told) = channel::<Go>();
-        let (wanted, aids) = (wanted.clone(), aids.clone());
+        let (say_back, put_back) = channel();
+        let (orders, told) = channel::<Order>();
+        let (wanted, aids) = (wanted.cloned(), aids.clone());
         let body = move || {
-            let Ok(mut vcpu) = given.recv() else {
+            if recv_soon(&is_made).is_err() {
+                return;
+            }
+            // KVM asks the processor for it, which takes as long as the main thread takes to the vCPU.
+            let template = match &wanted {
+                Some(wanted) => Processor::new(&kvm, wanted),
+                None => Processor::of_host(&kvm),
+            };
+            let Ok(mut vcpu) = recv_soon(&given) else {
                 return;
             };
-            let made = Processor::new(&kvm, &wanted).and_then(|template| {
-                template.set_up(&vcpu, 0)?;
+            let is_saved = wanted.is_none();
+            let made = template.and_then(|template| {
+                if !is_saved {
+                    template.set_up(&vcpu, 0)?;
+                }
                 Ok(Arc::new(template))
             });
             aids.timeline.reach(Phase::VcpusReady);
             // A main thread that has failed meanwhile does not listen, and tells nobody to go.
             let _ = say.send(made);
             drop((kvm, say, wanted));
+            let restore = |vcpu: &Vcpu, state: &VcpuState, passed: &Passed| {
+                drop(say_back.send(vcpu.restore(state, passed)));
+            };
+            // The main thread needs it to go on.
+            let early = is_saved.then(|| recv_soon(&told).ok()).flatten();
+            if let Some(Order::PutBack(state, passed)) = &early {
+                restore(&vcpu, state, passed);
+            }
             // The host's kernel compiles the filter: beside what the main thread still does, not when the guest waits.
             aids.filters.confine(Kind::Vcpu);
-            if let Ok(Go { shared, entry }) = recv_soon(&told) {
-                let ready = match entry {
-                    Entry::Boot(boot) => set_entry(&vcpu, &boot),
-                    Entry::Saved(kept) => kept.restore(&mut vcpu),
-                };
-                vcpu::enter(0, &mut vcpu, &shared, ready);
+            loop {
+                match recv_soon(&told) {
+                    Ok(Order::PutBack(state, passed)) => restore(&vcpu, &state, &passed),
+                    Ok(Order::Go(Go { shared, entry })) => {
+                        let ready = entry.map_or(Ok(()), |boot| set_entry(&vcpu, &boot));
+                        return vcpu::enter(0, &mut vcpu, &shared, ready);
+                    }
+                    Err(_) => return,
+                }
             }
         };
         let thread = VcpuThread::start(0, body).map_err(no_thread)?;
         Ok(Self {
+            made: Some(made),
             vcpu: Some(give),
-            go: Some(go),
+            orders: Some(orders),
             thread: Some(thread),
             template,
+            put_back,
         })
+    }
+
+    /// KVM's VM is there: what would have disturbed it may begin.
+    fn vm_is_made(&self) {
+        if let Some(sender) = &self.made {
+            let _ = sender.send(());
+        }
     }
 
     /// Give it the vCPU, bare.
@@ -654,6 +783,18 @@ impl BootProcessor {
         }
     }
 
+    /// Have the vCPU become what it was; [`BootProcessor::is_put_back`] tells whether it has.
+    fn put_back(&self, state: VcpuState, passed: Passed) {
+        if let Some(orders) = &self.orders {
+            let _ = orders.send(Order::PutBack(Box::new(state), passed));
+        }
+    }
+
+    fn is_put_back(&self) -> Result<(), Error> {
+        let failed = Error::State("the boot vCPU's thread failed");
+        Ok(recv_soon(&self.put_back).map_err(|_| failed)??)
+    }
+
     /// What the processors are, as soon as KVM has told and the boot vCPU is one. Once.
     fn template(&self) -> Result<Arc<Processor>, Error> {
         let failed = Err(Error::State("the boot vCPU's thread failed"));
@@ -662,15 +803,16 @@ impl BootProcessor {
 
     fn go(mut self, go: Go) -> Option<VcpuThread> {
         // It listens until this is dropped.
-        let _ = self.go.take()?.send(go);
+        let _ = self.orders.take()?.send(Order::Go(go));
         self.thread.take()
     }
 }
 
 impl Drop for BootProcessor {
     fn drop(&mut self) {
+        self.made = None;
         self.vcpu = None;
-        self.go = None;
+        self.orders = None;
         if let Some(thread) = self.thread.take() {
             thread.join();
         }
@@ -687,18 +829,6 @@ fn recv_soon<T>(receiver: &Receiver<T>) -> Result<T, RecvError> {
         Err(RecvTimeoutError::Timeout) => receiver.recv(),
         received => received.map_err(|_| RecvError),
     }
-}
-
-/// KVM's VM, bare.
-///
-/// Nothing else runs in this process meanwhile: for the first VM of a host, KVM has something done on each of its
-/// processors, and waits ten times as long for one on which the host's CPUID is asked for.
-fn create_vm(kvm: &Kvm, wanted: &Wanted) -> Result<husk_kvm::Vm, Error> {
-    let (cpus, most) = (wanted.machine.vcpu_count, kvm.max_vcpus());
-    if cpus as usize > most {
-        return Err(Error::TooManyVcpus { cpus, most });
-    }
-    Ok(kvm.create_vm()?)
 }
 
 /// Add memory, interrupt controllers and vCPUs; the boot vCPU apart from the others.
@@ -774,6 +904,6 @@ fn physical_address_bits() -> u32 {
     use std::arch::x86_64::__cpuid;
     match __cpuid(0x8000_0000).eax {
         0x8000_0008.. => __cpuid(0x8000_0008).eax & 0xff,
-        _ => 36,
+        _ => LEAST_ADDRESS_BITS,
     }
 }

@@ -1,0 +1,101 @@
+//! Snapshots of other hosts, which are a real one's, changed: refused before anything of them runs.
+
+use crate::common::{temp_dir, text};
+use crate::snapshots::{command, create, paused};
+use serde_json::Value;
+use std::path::Path;
+
+/// A state whose checksum is right.
+pub fn change(dir: &Path, change: impl FnOnce(&mut Value)) {
+    let path = dir.join("state");
+    let (_, body) = husk_snapshot::read_parts(&path).unwrap();
+    let mut state = serde_json::from_slice(&body).unwrap();
+    change(&mut state);
+    husk_snapshot::write_state(&path, &state).unwrap();
+}
+
+/// `struct kvm_cpuid_entry2`: ten words, of which these are the leaf, the subleaf and the first of four registers.
+const WORDS: usize = 10;
+const EAX: usize = 3;
+
+/// Change register `register` (EAX is 0) of a CPUID leaf of all vCPUs.
+fn cpuid(state: &mut Value, leaf: u32, register: usize, change: impl Fn(u32) -> u32) {
+    for vcpu in state["vcpus"].as_array_mut().unwrap() {
+        let hex = vcpu["cpuid"].as_str().unwrap().to_owned();
+        let word = |at: usize| {
+            let bytes = hex.get(at * 8..at * 8 + 8).unwrap();
+            u32::from_str_radix(bytes, 16).unwrap().swap_bytes()
+        };
+        let entries = hex.len() / 8 / WORDS;
+        let entry = (0..entries).find(|e| word(e * WORDS) == leaf && word(e * WORDS + 1) == 0);
+        let at = entry.unwrap() * WORDS + EAX + register;
+        let new = format!("{:08x}", change(word(at)).swap_bytes());
+        let mut changed = hex.clone();
+        changed.replace_range(at * 8..at * 8 + 8, &new);
+        vcpu["cpuid"] = changed.into();
+    }
+}
+
+#[test]
+fn a_snapshot_of_another_host_is_refused_with_what_differs() {
+    let kept = temp_dir();
+    create(&paused(), kept.path());
+    let refused = |edit: fn(&mut Value), words: &[&str]| {
+        let dir = temp_dir();
+        for name in ["state", "memory"] {
+            std::fs::copy(kept.path().join(name), dir.path().join(name)).unwrap();
+        }
+        change(dir.path(), edit);
+        let ended = command(&["restore", text(dir.path())]);
+        ended.expect_status(2);
+        assert_eq!(ended.stdout, b"", "the guest has run");
+        assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+        for word in words {
+            assert!(ended.stderr.contains(word), "{word}: {}", ended.stderr);
+        }
+    };
+    // Features that no host has, as this is written: reserved bits of leaf 7.
+    refused(
+        |s| cpuid(s, 7, 3, |edx| edx | 1 << 6),
+        &["CPUID 0x7.0 EDX bit 6"],
+    );
+    // Nor a serial number, or what only Itanium had.
+    refused(
+        |s| cpuid(s, 1, 3, |edx| edx | 1 << 18 | 1 << 30),
+        &["pn, ia64"],
+    );
+    refused(
+        |s| cpuid(s, 0, 1, |_| u32::from_le_bytes(*b"Othe")),
+        &["processor of Othe", "and this one's is of "],
+    );
+    refused(
+        |s| {
+            cpuid(s, 1, 0, |eax| eax ^ 0x10);
+            cpuid(s, 1, 3, |edx| edx | 1 << 18);
+        },
+        &["another CPU model (family ", "this host lacks pn"],
+    );
+    refused(
+        |s| cpuid(s, 0x8000_0008, 0, |eax| eax & !0xff | 63),
+        &["physical addresses of 63 bits"],
+    );
+    refused(
+        |s| {
+            // KVM that scales has its limits, too.
+            s["vcpus"][0]["tsc_khz"] = 0x7fff_ffff.into();
+        },
+        &["TSC runs at "],
+    );
+    refused(
+        |s| {
+            let msrs = s["vcpus"][1]["msrs"].as_array_mut().unwrap();
+            msrs.insert(0, serde_json::json!([0xdead_0000_u32, 1]));
+            msrs.push(serde_json::json!([0xdead_0001_u32, 2]));
+        },
+        &["MSR 0xdead0000 (0x1), 0xdead0001 (0x2)"],
+    );
+    refused(
+        |s| s["vm"]["ioapic"] = "ff".into(),
+        &["I/O APIC is not what this KVM takes"],
+    );
+}
