@@ -130,7 +130,7 @@ fn a_guest_goes_on_with_its_memory_clock_and_processors(kernel: &Kernel, hears: 
                 assert!(later >= uptime + away, "{uptime}, {later}");
                 let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
                 assert!(
-                    now.unwrap().as_secs().abs_diff(wall) <= 1,
+                    now.as_ref().unwrap().as_secs().abs_diff(wall) <= 1,
                     "{now:?}, {wall}"
                 );
             }
