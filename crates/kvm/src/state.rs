@@ -322,6 +322,7 @@ mod tests {
         // SAFETY: the page is there for ever, and nobody else's.
         unsafe { vm.set_memory_slot(0, CODE, 1 << 12, aligned, false) }.unwrap();
         vm.create_interrupt_controllers(TSS).unwrap();
+        vm.create_timer().unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         vcpu.set_cpuid(&kvm.supported_cpuid().unwrap()).unwrap();
         (vm, vcpu)

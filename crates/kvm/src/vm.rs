@@ -23,8 +23,8 @@ impl Vm {
         }
     }
 
-    /// Create the in-kernel interrupt controllers (two 8259s, an I/O APIC, a local APIC for each vCPU to come) and the
-    /// PIT. Before the first vCPU, and after memory: see [`Vm::set_memory_slot`].
+    /// Create the in-kernel interrupt controllers: two 8259s, an I/O APIC, a local APIC for each vCPU to come. Before the first vCPU, and
+    /// after memory: see [`Vm::set_memory_slot`].
     ///
     /// `tss` is where KVM puts three pages for itself on Intel hosts without unrestricted guests.
     pub fn create_interrupt_controllers(&self, tss: u64) -> Result<(), Error> {
@@ -35,14 +35,18 @@ impl Vm {
         self.fd
             .create_irq_chip()
             .map_err(|e| Error::Ioctl("KVM_CREATE_IRQCHIP", e))?;
+        self.mask_pics()
+    }
+
+    /// Create the PIT, once there are interrupt controllers. It has a thread of the host's kernel, which takes a while to start.
+    pub fn create_timer(&self) -> Result<(), Error> {
         let pit = kvm_pit_config {
             flags: KVM_PIT_SPEAKER_DUMMY,
             ..Default::default()
         };
         self.fd
             .create_pit2(pit)
-            .map_err(|e| Error::Ioctl("KVM_CREATE_PIT2", e))?;
-        self.mask_pics()
+            .map_err(|e| Error::Ioctl("KVM_CREATE_PIT2", e))
     }
 
     /// Mask all lines of both 8259s, as firmware would leave them.

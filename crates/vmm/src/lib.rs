@@ -191,7 +191,7 @@ impl Vmm {
             }
             (State::Paused(vm), VmmRequest::Resume) => {
                 let begun = Instant::now();
-                vm.resume()?;
+                vm.resume();
                 METRICS.latencies_us.vmm_resume_vm.set(begun.elapsed());
                 self.exchange(|state| match state {
                     State::Paused(vm) => State::Running(vm),
@@ -216,7 +216,7 @@ impl Vmm {
 
     /// Begin what a snapshot needs of KVM whatever is in it. A [`VmmRequest::LoadSnapshot`] must follow.
     pub fn expect_snapshot(&mut self) -> Result<(), Error> {
-        self.prepared.begun = Some(vm::Begun::new(None, &vm::Aids::of(&self.host))?);
+        self.prepared.begun = Some(vm::Begun::new(vm::Origin::Snapshot, &vm::Aids::of(&self.host))?);
         Ok(())
     }
 
@@ -236,7 +236,7 @@ impl Vmm {
             State::Running(vm) => {
                 vm.pause()?;
                 let template = vm.freeze(&self.config);
-                vm.resume()?;
+                vm.resume();
                 template
             }
             State::Configuring | State::Built(_) => Err(Error::BeforeBoot),
@@ -260,12 +260,9 @@ impl Vmm {
         let config = std::mem::take(&mut saved.config);
         let mut vm = Vm::build_from(&config, &self.host, &mut self.prepared, Some(saved))?;
         vm.start();
-        if resume && let Err(e) = vm.resume() {
-            vm.stop();
-            return Err(e);
-        }
         self.config = config;
         if resume {
+            vm.resume();
             self.state = State::Running(Box::new(vm));
             (self.host.watch)(Event::Resumed);
         } else {

@@ -46,6 +46,16 @@ impl Processor {
         })
     }
 
+    /// Nothing: vCPUs become what they were on this host.
+    pub fn unknown() -> Self {
+        Self {
+            cpuid: None,
+            msrs: Vec::new(),
+            supported: Vec::new(),
+            tsc_deadline: false,
+        }
+    }
+
     /// Whether this host gives all of the processors that were `saved`, by their CPUID, to a VM that is as `wanted`: nothing of it
     /// may run otherwise.
     pub fn check(&self, wanted: &Wanted, saved: &[Vec<kvm_cpuid_entry2>]) -> Result<(), Error> {

@@ -113,6 +113,8 @@ pub struct Saved {
     pub config: VmConfig,
     /// The guest's clocks have not stood still since.
     pub clock_realtime: bool,
+    /// Nobody has to look whether this host can give what it needs: it did.
+    pub is_of_this_host: bool,
     memory: File,
 }
 
@@ -126,6 +128,7 @@ impl Template {
             config,
             memory,
             clock_realtime: false,
+            is_of_this_host: true,
         })
     }
 
@@ -158,6 +161,7 @@ impl Saved {
                     snapshot,
                     config,
                     clock_realtime: false,
+                    is_of_this_host: false,
                     memory: file?,
                 });
             }

@@ -92,13 +92,22 @@ impl Vm {
             None => None,
         };
         let kernel = kernel.take();
-        let is_saved = saved.is_some();
+        let (is_saved, is_template) = match &saved {
+            Some(saved) => (true, saved.is_of_this_host),
+            None => (false, false),
+        };
+        let origin = match (is_saved, is_template) {
+            (false, _) => Origin::Configuration(&wanted),
+            (true, false) => Origin::Snapshot,
+            (true, true) => Origin::Template,
+        };
         let fill = |memory: &GuestMemory| {
             let start = match saved {
                 Some(saved) => {
                     saved.fill(memory)?;
                     host.timeline.reach(Phase::KernelLoaded);
-                    Start::Saved(Box::new(saved.snapshot), saved.clock_realtime)
+                    let how = (saved.clock_realtime, saved.is_of_this_host);
+                    Start::Saved(Box::new(saved.snapshot), how)
                 }
                 None => {
                     let root = opened.root_is_read_only(config)?;
@@ -118,10 +127,9 @@ impl Vm {
             }
             None => {
                 let aids = Aids::of(host);
-                let own = (!is_saved).then_some(&wanted);
                 let begun = || match begun.take() {
                     Some(begun) if is_saved => Ok(begun),
-                    _ => Begun::new(own, &aids),
+                    _ => Begun::new(origin, &aids),
                 };
                 Ready::make_of(&wanted, &aids, begun, fill)?
             }
@@ -255,15 +263,13 @@ impl Vm {
     }
 
     /// Let the guest go on after a pause, or from a snapshot.
-    pub fn resume(&mut self) -> Result<(), Error> {
+    pub fn resume(&mut self) {
+        // Of a VM that was loaded all vCPUs have their state: an interrupt is not forgotten.
         if self.devices.are_suspended() {
-            // A vCPU that still takes over its state would forget an interrupt that comes before.
-            self.pause()?;
             self.devices.resume();
         }
         self.halted_before = false;
         self.shared.pause.go_on();
-        Ok(())
     }
 
     /// What the vCPUs of a VM that is paused are. Devices stand still.
@@ -464,6 +470,17 @@ impl Aids {
     }
 }
 
+/// What the vCPUs of a VM become.
+#[derive(Clone, Copy)]
+pub enum Origin<'a> {
+    /// What the configuration wants.
+    Configuration(&'a Wanted),
+    /// What was saved, maybe on another host.
+    Snapshot,
+    /// What was saved on this one.
+    Template,
+}
+
 /// KVM's VM, bare, and the thread that will be the boot vCPU's: what a VM needs that nothing is known of yet.
 pub struct Begun {
     first: BootProcessor,
@@ -474,12 +491,10 @@ pub struct Begun {
 impl Begun {
     /// Make it. Nothing else runs in this process meanwhile: for the first VM of a host, KVM has something done on each of
     /// its processors, and waits ten times as long for one on which the host's CPUID is asked for.
-    ///
-    /// `wanted`: the processor is set up; otherwise it becomes one that was saved.
-    pub fn new(wanted: Option<&Wanted>, aids: &Aids) -> Result<Self, Error> {
+    pub fn new(origin: Origin<'_>, aids: &Aids) -> Result<Self, Error> {
         let kvm = Arc::new(Kvm::open()?);
         // It takes a while to start, and is there when it is needed.
-        let first = BootProcessor::start(Arc::clone(&kvm), wanted, aids)?;
+        let first = BootProcessor::start(Arc::clone(&kvm), origin, aids)?;
         let vm = kvm.create_vm()?;
         first.vm_is_made();
         aids.timeline.reach(Phase::VmCreated);
@@ -512,7 +527,8 @@ impl Ready {
         aids: &Aids,
         meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error>,
     ) -> Result<(Self, T), Error> {
-        Self::make_of(wanted, aids, || Begun::new(Some(wanted), aids), meanwhile)
+        let begin = || Begun::new(Origin::Configuration(wanted), aids);
+        Self::make_of(wanted, aids, begin, meanwhile)
     }
 
     /// The same of what is `begun`.
@@ -542,6 +558,8 @@ impl Ready {
         }
         let (vcpu, others) = furnish(&vm, wanted, memory.slots(), &aids.timeline)?;
         first.furnish(vcpu);
+        // Beside what the boot vCPU's thread does to it.
+        vm.create_timer()?;
         let done = meanwhile(&memory)?;
         let ready = Self {
             first,
@@ -574,7 +592,7 @@ impl Ready {
         let mut places = hotplug_slots(config, host);
         let (entry, mut states, rest) = match start {
             Start::Boot(boot) => (Some(boot), Vec::new().into_iter(), None),
-            Start::Saved(mut saved, realtime) => {
+            Start::Saved(mut saved, (realtime, of_this_host)) => {
                 passed = match realtime {
                     true => saved.vm.passed(),
                     false => Passed::nothing(),
@@ -582,7 +600,9 @@ impl Ready {
                 changes = Changes::new(&memory, Some(&mut saved));
                 saved_devices = Some(std::mem::take(&mut saved.devices));
                 places = saved.platform.hotplug_slots();
-                cpuids = saved.vcpus.iter().map(VcpuState::cpuid).collect();
+                if !of_this_host {
+                    cpuids = saved.vcpus.iter().map(VcpuState::cpuid).collect();
+                }
                 let mut states = saved.vcpus.into_iter();
                 // Its thread does it beside what follows.
                 let state = states.next().ok_or(Error::State("no vCPU was saved"))?;
@@ -694,8 +714,8 @@ enum Order {
 enum Start {
     /// A kernel, which is in memory.
     Boot(Box<BootState>),
-    /// What was saved; memory is as it was. True: clocks have not stood still since.
-    Saved(Box<Snapshot>, bool),
+    /// What was saved; memory is as it was. First: clocks have not stood still since. Second: it was saved on this host.
+    Saved(Box<Snapshot>, (bool, bool)),
 }
 
 /// What the boot vCPU's thread needs to enter the guest.
@@ -706,13 +726,18 @@ struct Go {
 }
 
 impl BootProcessor {
-    fn start(kvm: Arc<Kvm>, wanted: Option<&Wanted>, aids: &Aids) -> Result<Self, Error> {
+    fn start(kvm: Arc<Kvm>, origin: Origin<'_>, aids: &Aids) -> Result<Self, Error> {
         let (made, is_made) = channel::<()>();
         let (give, given) = channel::<Vcpu>();
         let (say, template) = channel();
         let (say_back, put_back) = channel();
         let (orders, told) = channel::<Order>();
-        let (wanted, aids) = (wanted.cloned(), aids.clone());
+        let wanted = match origin {
+            Origin::Configuration(wanted) => Some(wanted.clone()),
+            Origin::Snapshot | Origin::Template => None,
+        };
+        let is_template = matches!(origin, Origin::Template);
+        let aids = aids.clone();
         let body = move || {
             if recv_soon(&is_made).is_err() {
                 return;
@@ -720,6 +745,7 @@ impl BootProcessor {
             // KVM asks the processor for it, which takes as long as the main thread takes to the vCPU.
             let template = match &wanted {
                 Some(wanted) => Processor::new(&kvm, wanted),
+                None if is_template => Ok(Processor::unknown()),
                 None => Processor::of_host(&kvm),
             };
             let Ok(mut vcpu) = recv_soon(&given) else {
