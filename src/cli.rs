@@ -402,6 +402,18 @@ pub struct RestoreArgs {
     #[arg(long)]
     pub clock_realtime: bool,
 
+    /// Note which pages of memory the guest touches in its first 5 seconds, in the file `working-set`
+    #[arg(long)]
+    pub record_working_set: bool,
+
+    /// Read the pages that were noted ahead of the guest
+    #[arg(long)]
+    pub prefetch: bool,
+
+    /// Have memory filled by the handler of page faults that listens there, by Firecracker's protocol
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["record_working_set", "prefetch"])]
+    pub uffd: Option<PathBuf>,
+
     /// Let the VM be steered over a Unix socket
     #[arg(long, value_name = "PATH")]
     pub api_sock: Option<PathBuf>,
@@ -727,4 +739,4 @@ Keys on a terminal:
   Ctrl-A x   end the VM at once      Ctrl-A p   press the power button
   Ctrl-A h   help                    Ctrl-A a   send Ctrl-A to the guest
 
-Exit status: 0 power-off or reboot, 1 host, 2 usage or files, 3 panic, 4 triple fault, 5 KVM, 148 seccomp, 128+N signal.";
+Exit status: 0 power-off or reboot, 1 host, 2 usage or files, 3 panic, 4 triple fault, 5 KVM, 6 memory lost, 148 seccomp, 128+N signal.";

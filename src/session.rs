@@ -537,7 +537,7 @@ impl Session {
         let mut chores = Chores::new();
         while self.vmm.outcome().is_none() {
             chores.plan(&self.vmm, self.asked);
-            match self.events.recv_timeout(chores.pause()) {
+            match self.events.recv_timeout(chores.pause(&self.vmm)) {
                 Ok(Event::Request(request, reply)) => {
                     self.answer(request, reply);
                 }
@@ -650,13 +650,14 @@ impl Chores {
         }
     }
 
-    fn pause(&self) -> Duration {
+    fn pause(&self, vmm: &Vmm) -> Duration {
         let press = self.press.map(|(at, _)| at);
         let all = [
             self.give_up,
             press,
             Some(self.look),
             husk_metrics::next_flush(),
+            vmm.recording_due(),
         ];
         let next = all.into_iter().flatten().min().unwrap_or(self.look);
         next.saturating_duration_since(Instant::now())
@@ -666,6 +667,9 @@ impl Chores {
     fn due(&mut self, vmm: &mut Vmm) -> Option<Chore> {
         let now = Instant::now();
         metrics::flush_if_due(now);
+        if vmm.recording_due().is_some_and(|at| at <= now) {
+            vmm.record_working_set();
+        }
         if self.give_up.is_some_and(|at| at <= now) {
             return Some(Chore::GiveUp);
         }

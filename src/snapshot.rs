@@ -6,12 +6,15 @@ use crate::run::{ANONYMOUS, filters, identity};
 use crate::session::{First, Options, Session};
 use crate::socket::ApiSocket;
 use crate::{Failure, print};
-use husk_config::{Fork, LoadSnapshot};
+use husk_config::{Fork, LoadSnapshot, MemBackend, MemBackendType};
 use husk_snapshot::{MEMORY, STATE};
 use serde_json::{Value, json};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
+
+/// Beside them, where one was recorded.
+const WORKING_SET: &str = "working-set";
 
 /// Keep a VM, or tell of one that is kept. The exit status, unless nobody could be asked.
 pub fn snapshot(arguments: &SnapshotArgs) -> Result<u8, Failure> {
@@ -116,13 +119,20 @@ pub fn fork(arguments: &ForkArgs) -> Result<u8, Failure> {
 
 /// Go on with a VM that was kept, until it ends. The exit status, unless something failed.
 pub fn restore(arguments: &RestoreArgs, start: Instant) -> Result<u8, Failure> {
+    let working_set = |wanted: bool| wanted.then(|| arguments.dir.join(WORKING_SET));
     let load = LoadSnapshot {
         snapshot_path: arguments.dir.join(STATE),
-        mem_backend: None,
-        mem_file_path: Some(arguments.dir.join(MEMORY)),
+        mem_backend: arguments.uffd.as_ref().map(|socket| MemBackend {
+            backend_type: MemBackendType::Uffd,
+            backend_path: socket.clone(),
+        }),
+        mem_file_path: arguments.uffd.is_none().then(|| arguments.dir.join(MEMORY)),
         track_dirty_pages: arguments.track_dirty_pages,
         resume_vm: !arguments.paused,
         clock_realtime: arguments.clock_realtime,
+        huge_pages: None,
+        record_working_set: working_set(arguments.record_working_set),
+        prefetch: working_set(arguments.prefetch),
     };
     let socket = |path: &PathBuf| ApiSocket {
         path: path.clone(),

@@ -35,6 +35,10 @@ mod settings;
 mod snapshot_hosts;
 #[path = "smoke/snapshots.rs"]
 mod snapshots;
+#[path = "smoke/uffd.rs"]
+mod uffd;
+#[path = "smoke/working_set.rs"]
+mod working_set;
 
 use common::payload::payload;
 use common::{Ended, Tty, Vm, assert_same_bytes, husk, husk_binary, pattern, temp_dir, text};

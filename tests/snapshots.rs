@@ -11,9 +11,11 @@ mod help;
 mod host;
 
 use common::guest::{Guest, Kernel, LIMIT};
+use common::pages::{self, Answer, Pages};
 use common::{Vm, husk, temp_dir, text};
 use husk_api::client;
 use serde_json::{Value, json};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -166,4 +168,83 @@ fn a_minimal_guest_goes_on_with_its_memory_clock_and_processors() {
 #[test]
 fn debians_guest_goes_on_with_its_memory_clock_and_processors() {
     a_guest_goes_on_with_its_memory_clock_and_processors(&Kernel::debian(), false);
+}
+
+/// Small pages from a handler, huge ones copied from a file, huge ones from a handler; each from a snapshot of the one before.
+#[test]
+fn a_guest_goes_on_with_memory_that_another_process_gives_and_in_huge_pages() {
+    const POOL: &str = "/proc/sys/vm/nr_hugepages";
+    let before = std::fs::read_to_string(POOL).unwrap();
+    std::fs::write(POOL, "70").unwrap();
+    let kernel = Kernel::minimal();
+    let guest = Guest::new(&kernel, Some(SCRIPT));
+    let dir = temp_dir();
+    let socket = dir.path().join("pages");
+    let memory = dir.path().join("memory");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let file = memory.clone();
+    std::thread::spawn(move || {
+        for page_size in [4096, 2 << 20] {
+            let pages = Pages::accept(&listener);
+            assert_eq!(pages.mappings[0]["page_size"], page_size);
+            // As it is now: the file is written anew meanwhile.
+            let kept = std::fs::File::open(&file).unwrap();
+            pages.serve(&kept, |_| Answer::Page);
+        }
+    });
+    let mut served = Served::start();
+    let source = json!({
+        "kernel_image_path": kernel.image,
+        "initrd_path": guest.initrd(),
+        "boot_args": "console=ttyS0 reboot=panic_warm panic=-1 pci=off quiet",
+    });
+    served.done("PUT", "/boot-source", source);
+    let machine = json!({ "vcpu_count": 2, "mem_size_mib": 128 });
+    served.done("PUT", "/machine-config", machine);
+    served.done("PUT", "/actions", json!({ "action_type": "InstanceStart" }));
+    served.vm.expect("turn 2 at ");
+    let mut turn = 2;
+    let handler = json!({ "backend_type": "Uffd", "backend_path": socket });
+    let file = json!({ "backend_type": "File", "backend_path": memory });
+    for (backend, huge_pages) in [(&handler, "None"), (&file, "2M"), (&handler, "2M")] {
+        served.done("PATCH", "/vm", json!({ "state": "Paused" }));
+        served.done("PUT", "/snapshot/create", places(dir.path()));
+        drop(served);
+        served = Served::start();
+        let load = json!({
+            "snapshot_path": dir.path().join("state"),
+            "mem_backend": backend,
+            "huge_pages": huge_pages,
+            "resume_vm": true,
+        });
+        served.done("PUT", "/snapshot/load", load);
+        turn += 2;
+        served.vm.expect(&format!("turn {turn} at "));
+    }
+    served.vm.send(b"end\n");
+    served.vm.expect("with 2 processors");
+    served.vm.finish().expect_status(0);
+    std::fs::write(POOL, before).unwrap();
+    // And one that dies: no thread of the monitor's, or of the kernel's behalf of KVM, waits for ever.
+    let socket = dir.path().join("dying");
+    let mut process = pages::process("a_process", &socket, &memory, 300);
+    let mut served = Served::start();
+    let load = json!({
+        "snapshot_path": dir.path().join("state"),
+        "mem_backend": { "backend_type": "Uffd", "backend_path": socket },
+        "huge_pages": "None",
+        "resume_vm": true,
+    });
+    served.done("PUT", "/snapshot/load", load);
+    drop(served.vm.take_stdin());
+    let ended = served.vm.wait();
+    ended.expect_status(6);
+    assert!(ended.stderr.contains("has gone"), "{}", ended.stderr);
+    process.wait().unwrap();
+}
+
+#[test]
+#[ignore = "no test: what others start as a process"]
+fn a_process() {
+    pages::be_a_process();
 }

@@ -5,6 +5,7 @@
 
 pub mod guest;
 pub mod machine;
+pub mod pages;
 pub mod payload;
 
 use std::ffi::OsString;

@@ -147,9 +147,6 @@ fn a_bad_snapshot_ends_a_fresh_process_with_the_reason() {
     body["mem_backend"]["backend_path"] = text(&short).into();
     assert_ends(body, &[text(&short), "6 bytes"]);
     let mut body = load(dir.path(), true);
-    body["mem_backend"]["backend_type"] = "Uffd".into();
-    assert_ends(body, &["not supported yet"]);
-    let mut body = load(dir.path(), true);
     body["mem_file_path"] = "/m".into();
     assert_ends(body, &["together"]);
 }

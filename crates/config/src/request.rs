@@ -192,6 +192,12 @@ pub struct LoadSnapshot {
     /// The guest's clocks go on as if they had never stood still, by the host's wall clock; otherwise from where they were.
     #[serde(default)]
     pub clock_realtime: bool,
+    /// Pages of the host behind memory, instead of those that the guest had. Memory is copied into huge ones, and mapped otherwise.
+    pub huge_pages: Option<HugePages>,
+    /// A file that the guest's working set is written to: the pages of a memory file that it touches in its first seconds.
+    pub record_working_set: Option<PathBuf>,
+    /// Such a file: its pages are read ahead of the guest.
+    pub prefetch: Option<PathBuf>,
 }
 
 /// Where the memory of a snapshot comes from.
@@ -216,16 +222,19 @@ pub enum MemBackendType {
 }
 
 impl LoadSnapshot {
-    /// The memory file; what is wrong otherwise.
-    pub fn memory_file(&self) -> Result<&std::path::Path, &'static str> {
-        match (&self.mem_backend, &self.mem_file_path) {
-            (Some(backend), None) if backend.backend_type == MemBackendType::Uffd => {
-                Err("a mem_backend of type Uffd")
-            }
-            (Some(backend), None) => Ok(&backend.backend_path),
-            (None, Some(path)) => Ok(path),
-            (None, None) => Err("a snapshot without mem_backend or mem_file_path"),
-            (Some(_), Some(_)) => Err("mem_backend together with mem_file_path"),
+    /// Where memory comes from; what is wrong otherwise.
+    pub fn memory(&self) -> Result<(MemBackendType, &std::path::Path), &'static str> {
+        let (kind, path) = match (&self.mem_backend, &self.mem_file_path) {
+            (Some(backend), None) => (backend.backend_type, &backend.backend_path),
+            (None, Some(path)) => (MemBackendType::File, path),
+            (None, None) => return Err("a snapshot without mem_backend or mem_file_path"),
+            (Some(_), Some(_)) => return Err("mem_backend together with mem_file_path"),
+        };
+        let handled = kind == MemBackendType::Uffd;
+        match (&self.record_working_set, &self.prefetch) {
+            (Some(_), _) if handled => Err("record_working_set with a mem_backend of type Uffd"),
+            (_, Some(_)) if handled => Err("prefetch with a mem_backend of type Uffd"),
+            _ => Ok((kind, path)),
         }
     }
 }

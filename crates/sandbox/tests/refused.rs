@@ -26,6 +26,7 @@ const NEVER: &[Act] = &[
     ("setns", || raw(libc::SYS_setns, [0; 4])),
     ("bpf", || raw(libc::SYS_bpf, [0; 4])),
     ("keyctl", || raw(libc::SYS_keyctl, [0; 4])),
+    // One that another process cannot poll.
     ("userfaultfd", || raw(libc::SYS_userfaultfd, [0; 4])),
     ("perf_event_open", || raw(libc::SYS_perf_event_open, [0; 4])),
     ("init_module", || raw(libc::SYS_init_module, [0; 4])),
@@ -66,6 +67,10 @@ const ENTER: Act = ("io_uring_enter", || {
 const UNLINK: Act = ("unlink", || {
     raw(libc::SYS_unlink, [c"/nonexistent".as_ptr() as i64, 0, 0, 0])
 });
+const USERFAULTFD: Act = ("userfaultfd", || {
+    let flags = i64::from(libc::O_CLOEXEC | libc::O_NONBLOCK);
+    raw(libc::SYS_userfaultfd, [flags, 0, 0, 0])
+});
 const KICK: Act = ("tgkill", || {
     raw(
         libc::SYS_tgkill,
@@ -92,6 +97,7 @@ fn cases() -> Vec<(Kind, Vec<Act>, Vec<Act>)> {
             Kind::Vcpu,
             vec![
                 OPEN,
+                USERFAULTFD,
                 OPEN_OLD,
                 INTERNET,
                 UNIX,
@@ -109,6 +115,7 @@ fn cases() -> Vec<(Kind, Vec<Act>, Vec<Act>)> {
             Kind::Io,
             vec![
                 OPEN,
+                USERFAULTFD,
                 CREATE,
                 INTERNET,
                 KVM_RUN,
@@ -124,6 +131,7 @@ fn cases() -> Vec<(Kind, Vec<Act>, Vec<Act>)> {
             Kind::Api,
             vec![
                 OPEN,
+                USERFAULTFD,
                 OPEN_OLD,
                 INTERNET,
                 UNIX,
@@ -141,6 +149,7 @@ fn cases() -> Vec<(Kind, Vec<Act>, Vec<Act>)> {
             Kind::Console,
             vec![
                 OPEN,
+                USERFAULTFD,
                 OPEN_OLD,
                 INTERNET,
                 UNIX,
@@ -157,6 +166,7 @@ fn cases() -> Vec<(Kind, Vec<Act>, Vec<Act>)> {
             Kind::Doorbells,
             vec![
                 OPEN,
+                USERFAULTFD,
                 OPEN_OLD,
                 INTERNET,
                 UNIX,
@@ -173,6 +183,7 @@ fn cases() -> Vec<(Kind, Vec<Act>, Vec<Act>)> {
             Kind::Main,
             vec![
                 OPEN,
+                USERFAULTFD,
                 CREATE,
                 INTERNET,
                 UNIX,
@@ -199,6 +210,7 @@ fn cases() -> Vec<(Kind, Vec<Act>, Vec<Act>)> {
                 RING,
                 UNLINK,
                 KICK,
+                USERFAULTFD,
                 RUN_A_THREAD,
             ],
         ),

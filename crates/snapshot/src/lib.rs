@@ -8,7 +8,9 @@
 //! large, and has only some pages: those that the state lists ([`Diff`]). Of these, too, what is zero is a hole. Extents decide nothing:
 //! file systems may have data where nothing was written.
 //!
-//! Both are written beside their place and synchronised. Then the state is renamed, with which the new snapshot is there, and the
+//! A working set has the first line of a state file, and says in plain lines which pages of a memory file to read ahead.
+//!
+//! All are written beside their place and synchronised. Then the state is renamed, with which the new snapshot is there, and the
 //! memory after it; whoever comes in between finds it by [`Header::memory`]. So there is the old snapshot or the new one, whole,
 //! whenever the process is killed. What others that were killed have left goes when the next one is complete.
 //!
@@ -19,10 +21,12 @@
 mod lineage;
 mod merge;
 mod pages;
+mod working_set;
 
 pub use lineage::{Diff, Lineage};
 pub use merge::{MEMORY, Merged, STATE, merge};
 pub use pages::{PAGE, Pages, Run};
+pub use working_set::WorkingSet;
 
 use rustix::fs::{FlockOperation, Mode, OFlags, fdatasync, flock, ftruncate, open};
 use serde::de::DeserializeOwned;
@@ -116,6 +120,9 @@ pub enum Error {
     /// It would be gone, and with it what the diff is worth.
     #[error("{} is the snapshot to which this would be the difference; write the diff to another place", .0.display())]
     OverBase(PathBuf),
+    /// A working set that is not that of the memory file.
+    #[error("{} is not the working set of this memory: {}", .0.display(), .1)]
+    WorkingSet(PathBuf, &'static str),
     /// Memory of another size.
     #[error("{} has {found} bytes, and the snapshot's memory {expected}", path.display())]
     MemorySize {
@@ -178,11 +185,20 @@ fn write_fresh(
         source,
     };
     let body = serde_json::to_vec(state).map_err(|e| fault(e.into()))?;
-    let line = line_for(&body, memory).map_err(|e| fault(e.into()))?;
+    write_body(path, &body, memory)
+}
+
+/// Write a first line, and `body` behind it.
+fn write_body(path: &Path, body: &[u8], memory: Option<String>) -> Result<Fresh, Error> {
+    let fault = |source| Error::Write {
+        path: path.into(),
+        source,
+    };
+    let line = line_for(body, memory).map_err(|e| fault(e.into()))?;
     let mut file = Fresh::create(path)?;
     file.file
         .write_all(&line)
-        .and_then(|()| file.file.write_all(&body))
+        .and_then(|()| file.file.write_all(body))
         .map_err(fault)?;
     Ok(file)
 }

@@ -23,6 +23,7 @@ mod timeline;
 mod vcpu;
 mod view;
 mod vm;
+mod working_set;
 
 pub use error::{Error, chain};
 pub use footprint::{forget_code, share_heap};
@@ -42,6 +43,7 @@ use husk_metrics::METRICS;
 use standby::Standby;
 use std::time::Instant;
 use vm::Vm;
+use working_set::Recording;
 
 /// Fill at most 256 bytes. By the system call: the usual library opens /dev/urandom in a static program, for good, which a process that is
 /// forked has not.
@@ -65,6 +67,8 @@ pub struct Vmm {
     awaits: bool,
     /// Something was configured that a snapshot would bring along.
     touched: bool,
+    /// The working set that is being recorded.
+    recording: Option<Recording>,
 }
 
 /// Parts of the next VM that are ready already. Empty when a VM is booted from a whole configuration at once.
@@ -99,6 +103,7 @@ impl Vmm {
             prepared: Prepared::default(),
             awaits: false,
             touched: false,
+            recording: None,
         }
     }
 
@@ -192,6 +197,7 @@ impl Vmm {
             (State::Paused(vm), VmmRequest::Resume) => {
                 let begun = Instant::now();
                 vm.resume();
+                self.recording.iter_mut().for_each(Recording::begin);
                 METRICS.latencies_us.vmm_resume_vm.set(begun.elapsed());
                 self.exchange(|state| match state {
                     State::Paused(vm) => State::Running(vm),
@@ -216,17 +222,22 @@ impl Vmm {
 
     /// Begin what a snapshot needs of KVM whatever is in it. A [`VmmRequest::LoadSnapshot`] must follow.
     pub fn expect_snapshot(&mut self) -> Result<(), Error> {
-        self.prepared.begun = Some(vm::Begun::new(vm::Origin::Snapshot, &vm::Aids::of(&self.host))?);
+        self.prepared.begun = Some(vm::Begun::new(
+            vm::Origin::Snapshot,
+            &vm::Aids::of(&self.host),
+        )?);
         Ok(())
     }
 
     /// Go on from a snapshot.
     fn load(&mut self, load: &LoadSnapshot) -> Result<(), Error> {
-        let memory = load.memory_file().map_err(Error::Unsupported)?;
-        let mut saved = snapshot::Saved::open(&load.snapshot_path, memory)?;
-        saved.clock_realtime = load.clock_realtime;
-        saved.config.machine_config.track_dirty_pages |= load.track_dirty_pages;
-        self.go_on(saved, load.resume_vm)
+        let saved = snapshot::Saved::open(load)?;
+        self.go_on(saved, load.resume_vm)?;
+        self.recording = load.record_working_set.clone().map(Recording::new);
+        if load.resume_vm {
+            self.recording.iter_mut().for_each(Recording::begin);
+        }
+        Ok(())
     }
 
     /// Freeze the VM as it is: clones of it can go on from there. It runs on if it ran, and its memory is a view of the template's.
@@ -270,6 +281,21 @@ impl Vmm {
             (self.host.watch)(Event::Paused);
         }
         Ok(())
+    }
+
+    /// When [`Vmm::record_working_set`] is to be called.
+    pub fn recording_due(&self) -> Option<Instant> {
+        self.recording.as_ref().and_then(Recording::due)
+    }
+
+    /// Write the working set that was to be recorded, once. What goes wrong does not concern the guest.
+    pub fn record_working_set(&mut self) {
+        let (State::Running(vm) | State::Paused(vm)) = &self.state else {
+            return;
+        };
+        if let Some(Err(e)) = self.recording.take().map(|set| set.write(vm.memory())) {
+            log::error!("the working set is not recorded: {}", chain(&e));
+        }
     }
 
     /// Plug a device into a VM that runs.
@@ -425,6 +451,7 @@ impl Vmm {
 
     /// Take the VM down, back to its configuration. None when there is none.
     pub fn take_down(&mut self) -> Option<Outcome> {
+        self.record_working_set();
         match std::mem::replace(&mut self.state, State::Configuring) {
             State::Configuring => None,
             State::Built(vm) | State::Running(vm) | State::Paused(vm) => Some(vm.stop()),

@@ -22,6 +22,8 @@ pub enum Outcome {
     TripleFault,
     /// KVM could not go on with the guest.
     Kvm(String),
+    /// Who was to fill memory is gone, or does not answer.
+    Memory(String),
     /// The monitor was told to end the VM.
     Stopped,
 }
@@ -34,6 +36,7 @@ impl Outcome {
             Outcome::Panic => 3,
             Outcome::TripleFault => 4,
             Outcome::Kvm(_) => 5,
+            Outcome::Memory(_) => 6,
         }
     }
 }
@@ -47,6 +50,7 @@ impl std::fmt::Display for Outcome {
             Outcome::Panic => f.write_str("the guest's kernel panicked"),
             Outcome::TripleFault => f.write_str("the guest stopped with a triple fault"),
             Outcome::Kvm(why) => write!(f, "KVM could not run the guest on: {why}"),
+            Outcome::Memory(why) => write!(f, "the guest's memory is lost: {why}"),
             Outcome::Stopped => f.write_str("the VM was stopped"),
         }
     }

@@ -1,18 +1,22 @@
 //! Guest memory: one reservation of host address space, in which files stand where the guest finds their bytes.
 
 mod freeze;
+mod handler;
+mod userfault;
 
+use handler::PageHandler;
 use husk_arch::memory_map::{Range, memory_ranges};
 use husk_config::HugePages;
 use husk_snapshot::{Pages, Run};
 use husk_virtio::WriteLog;
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create, seek};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::ptr::null_mut;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -67,6 +71,28 @@ pub enum Error {
     /// Which pages are used.
     #[error("cannot find out which pages of guest memory are used: /proc/self/pagemap")]
     Pagemap(#[source] std::io::Error),
+    /// This user may not handle page faults.
+    #[error(
+        "this host lets only root handle page faults of the kernel: give the user access to /dev/userfaultfd, or `sysctl vm.unprivileged_userfaultfd=1`"
+    )]
+    NoUserfault,
+    /// The host's kernel refuses.
+    #[error("this host's kernel does not let page faults be handled (userfaultfd)")]
+    Userfault(#[source] rustix::io::Errno),
+    /// Nobody there, or nobody who takes the message.
+    #[error("the handler of page faults at {} cannot be told of memory", path.display())]
+    Handler {
+        /// Its socket.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It was there.
+    #[error("the handler of page faults at {} has gone", .0.display())]
+    HandlerLost(PathBuf),
+    /// Alive or not, it does not do its work.
+    #[error("the handler of page faults at {} has not given a page for {} s", .0.display(), .1)]
+    NoPages(PathBuf, u64),
     /// An address outside memory.
     #[error("{size:#x} bytes at {address:#x} are outside guest memory")]
     Outside {
@@ -123,6 +149,9 @@ pub struct GuestMemory {
     mapped: Mutex<Vec<Range>>,
     /// Hears what the monitor writes, where somebody wants to know.
     log: Option<Arc<WriteLog>>,
+    /// Who fills memory when it is touched.
+    handler: OnceLock<PageHandler>,
+    page_size: u64,
     // Last, so that everything above that points into it is gone before it.
     _reservation: Reservation,
 }
@@ -179,6 +208,11 @@ impl GuestMemory {
             copies: pages == HugePages::TwoMiB || file.is_some(),
             mapped: Mutex::default(),
             log: None,
+            handler: OnceLock::new(),
+            page_size: match pages {
+                HugePages::TwoMiB => HUGE_PAGE,
+                HugePages::None | HugePages::Transparent => PAGE,
+            },
             _reservation: reservation,
         })
     }
@@ -299,6 +333,47 @@ impl GuestMemory {
         self.copy_file(file, offset + head + mapped, end - last_page, last_page)
     }
 
+    /// Let the process that listens at `path` fill memory, page by page as it is touched. Nothing may have touched it before.
+    pub fn fill_by(&self, path: &Path) -> Result<(), Error> {
+        let handler = PageHandler::connect(path, &self.slots, self.page_size)?;
+        // There is one call for each memory.
+        let _ = self.handler.set(handler);
+        Ok(())
+    }
+
+    /// Who fills memory when it is touched.
+    pub fn handler(&self) -> Option<&PageHandler> {
+        self.handler.get()
+    }
+
+    /// Copy what is not a hole in `size` bytes of `file` from `offset` to `address`. Memory there must be untouched.
+    pub fn copy_data(
+        &self,
+        file: &File,
+        offset: u64,
+        size: u64,
+        address: u64,
+    ) -> Result<(), Error> {
+        let fault = |e: rustix::io::Errno| Error::File {
+            address,
+            size,
+            source: e.into(),
+        };
+        let end = offset.saturating_add(size);
+        let mut at = offset;
+        while at < end {
+            let start = match seek(file, rustix::fs::SeekFrom::Data(at)) {
+                Err(rustix::io::Errno::NXIO) => break,
+                found => found.map_err(fault)?.min(end),
+            };
+            let hole = seek(file, rustix::fs::SeekFrom::Hole(start)).map_err(fault)?;
+            let hole = hole.clamp(start, end);
+            self.copy_file(file, start, hole - start, address + (start - offset))?;
+            at = hole;
+        }
+        Ok(())
+    }
+
     /// Have the host allocate the pages of `size` bytes from `address` now, in one go, instead of one by one as the guest
     /// comes to them. Only advice: a host that does not know it changes nothing.
     pub fn populate(&self, address: u64, size: u64) {
@@ -327,6 +402,9 @@ impl GuestMemory {
         mut take: impl FnMut(u64, &[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         let pagemap = File::open("/proc/self/pagemap").map_err(Error::Pagemap)?;
+        if let Some(handler) = self.handler() {
+            handler.fetch(&self.memory, &self.slots)?;
+        }
         let mut buffer = Buffer::new();
         let mut before = 0;
         for &(range, host) in &self.slots {
@@ -408,24 +486,29 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// The parts of a range that were touched, or that files are behind.
+    /// The parts of a range that were touched, or that files or somebody who fills them are behind.
     fn used(&self, pagemap: &File, range: Range, host: u64) -> Result<Vec<Range>, Error> {
+        if self.handler().is_some() {
+            return Ok(vec![range]);
+        }
         let files = self.lock_mapped().clone();
-        let mut used: Vec<Range> = Vec::new();
-        each_entry(pagemap, range, host, |address, entry| {
-            let in_file = |file: &Range| file.start <= address && address < file.end();
-            if entry & (PRESENT | SWAPPED) == 0 && !files.iter().any(in_file) {
-                return;
+        touched(pagemap, range, host, &files)
+    }
+
+    /// The runs of pages that were touched since files were placed, by their place in memory as it is in a file: number of the first
+    /// page, and how many. Pages that lay beside one that was touched, in the host's cache, may count as well.
+    pub fn touched(&self) -> Result<Vec<(u64, u64)>, Error> {
+        let pagemap = File::open("/proc/self/pagemap").map_err(Error::Pagemap)?;
+        let mut runs = Vec::new();
+        let mut before = 0;
+        for &(range, host) in &self.slots {
+            for run in touched(&pagemap, range, host, &[])? {
+                let start = before + (run.start - range.start);
+                runs.push((start / PAGE, run.size / PAGE));
             }
-            match used.last_mut().filter(|last| last.end() == address) {
-                Some(last) => last.size += PAGE,
-                None => used.push(Range {
-                    start: address,
-                    size: PAGE,
-                }),
-            }
-        })?;
-        Ok(used)
+            before += range.size;
+        }
+        Ok(runs)
     }
 
     fn lock_mapped(&self) -> MutexGuard<'_, Vec<Range>> {
@@ -467,6 +550,25 @@ impl GuestMemory {
             .map(|(range, host)| host + (address - range.start))
             .ok_or(outside)
     }
+}
+
+/// The parts of a range that were touched, and those `files`.
+fn touched(pagemap: &File, range: Range, host: u64, files: &[Range]) -> Result<Vec<Range>, Error> {
+    let mut used: Vec<Range> = Vec::new();
+    each_entry(pagemap, range, host, |address, entry| {
+        let in_file = |file: &Range| file.start <= address && address < file.end();
+        if entry & (PRESENT | SWAPPED) == 0 && !files.iter().any(in_file) {
+            return;
+        }
+        match used.last_mut().filter(|last| last.end() == address) {
+            Some(last) => last.size += PAGE,
+            None => used.push(Range {
+                start: address,
+                size: PAGE,
+            }),
+        }
+    })?;
+    Ok(used)
 }
 
 /// Call `take` with the address and the entry of /proc/self/pagemap of each page of a range that is at `host`.

@@ -53,9 +53,11 @@ impl Pause {
         parked.count -= 1;
     }
 
-    /// Have each vCPU that is parked answer.
-    pub fn ask(&self) {
-        let mut parked = self.lock();
+    /// Have each of `count` vCPUs answer. One that is about to park, as after [`Pause::begin_stopped`], has `limit` to do so.
+    pub fn ask(&self, count: u32, limit: Duration) {
+        let late = |parked: &mut Parked| parked.count < count;
+        let waited = self.changed.wait_timeout_while(self.lock(), limit, late);
+        let (mut parked, _) = waited.unwrap_or_else(PoisonError::into_inner);
         parked.questions += 1;
         self.changed.notify_all();
     }

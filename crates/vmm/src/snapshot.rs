@@ -5,14 +5,15 @@ use crate::devices::{self, Devices};
 use crate::error::Error;
 use crate::memory::GuestMemory;
 use crate::platform::Platform;
-use husk_config::VmConfig;
+use crate::working_set;
+use husk_config::{HugePages, LoadSnapshot, MemBackendType, VmConfig};
 use husk_devices::{keyboard, pci_hotplug, serial};
 use husk_kvm::{VcpuState, VmState};
 use husk_snapshot::{Header, Lineage, MemoryFile, Pages};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// All but the guest's memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -115,7 +116,17 @@ pub struct Saved {
     pub clock_realtime: bool,
     /// Nobody has to look whether this host can give what it needs: it did.
     pub is_of_this_host: bool,
-    memory: File,
+    memory: Source,
+}
+
+/// Where memory comes from.
+enum Source {
+    /// It is mapped, or copied into huge pages.
+    File(File),
+    /// The same, and it is copied even where it could be mapped.
+    Copied(File),
+    /// By who listens there.
+    Handler(PathBuf),
 }
 
 /// What clones of a VM go on from: its state, and its memory, which they share until they write to it.
@@ -126,7 +137,7 @@ impl Template {
         Self(Saved {
             snapshot,
             config,
-            memory,
+            memory: Source::File(memory),
             clock_realtime: false,
             is_of_this_host: true,
         })
@@ -134,7 +145,11 @@ impl Template {
 
     /// The descriptor that a process needs for it.
     pub fn descriptor(&self) -> RawFd {
-        self.0.memory.as_raw_fd()
+        match &self.0.memory {
+            Source::File(file) | Source::Copied(file) => file.as_raw_fd(),
+            // A template has a file.
+            Source::Handler(_) => -1,
+        }
     }
 
     pub(crate) fn into_saved(self) -> Saved {
@@ -143,26 +158,37 @@ impl Template {
 }
 
 impl Saved {
-    /// Open the files of a snapshot, and see that they belong together.
-    pub fn open(state: &Path, memory: &Path) -> Result<Self, Error> {
+    /// Open the files of a snapshot, and see that they belong together. What is to be read ahead, is from now on.
+    pub fn open(load: &LoadSnapshot) -> Result<Self, Error> {
+        let (kind, memory) = load.memory().map_err(Error::Unsupported)?;
+        let state = &load.snapshot_path;
         let mut tries = 0;
         loop {
             let before = identity(state);
-            let (header, mut snapshot, config) = read(state)?;
+            let (header, mut snapshot, mut config) = read(state)?;
             if snapshot.lineage.diff.is_some() {
                 return Err(husk_snapshot::Error::IsDiff(state.into()).into());
             }
-            let file = husk_snapshot::open_memory_of(&header, memory, snapshot.memory_size);
+            let size = snapshot.memory_size;
+            let file = match kind {
+                MemBackendType::File => Some(husk_snapshot::open_memory_of(&header, memory, size)),
+                MemBackendType::Uffd => None,
+            };
             // A newer snapshot may have come into its place meanwhile, and its memory is not this state's.
             tries += 1;
             if identity(state) == before || tries >= TRIES {
-                snapshot.base = Base::of(snapshot.lineage.id(), [state, memory]);
+                let behind = file.as_ref().map_or(state.as_path(), |_| memory);
+                snapshot.base = Base::of(snapshot.lineage.id(), [state, behind]);
+                let memory = match file.transpose()? {
+                    Some(file) => of_file(load, &mut config, file, size)?,
+                    None => by_handler(load, &mut config, memory)?,
+                };
                 return Ok(Self {
                     snapshot,
                     config,
-                    clock_realtime: false,
                     is_of_this_host: false,
-                    memory: file?,
+                    clock_realtime: load.clock_realtime,
+                    memory,
                 });
             }
         }
@@ -177,11 +203,54 @@ impl Saved {
         }
         let mut offset = 0;
         for (range, _) in memory.slots() {
-            memory.place_file(&self.memory, offset, range.size, range.start)?;
+            match &self.memory {
+                Source::Handler(path) => return Ok(memory.fill_by(path)?),
+                Source::Copied(file) => memory.copy_data(file, offset, range.size, range.start)?,
+                Source::File(file) => memory.place_file(file, offset, range.size, range.start)?,
+            }
             offset += range.size;
         }
         Ok(())
     }
+}
+
+/// Memory of a file of `size` bytes, with the pages that `load` wants.
+fn of_file(
+    load: &LoadSnapshot,
+    config: &mut VmConfig,
+    file: File,
+    size: u64,
+) -> Result<Source, Error> {
+    adapt(load, config);
+    let pages = config.machine_config.huge_pages;
+    let copied = load.huge_pages == Some(HugePages::Transparent) || pages == HugePages::TwoMiB;
+    if copied && (load.prefetch.is_some() || load.record_working_set.is_some()) {
+        return Err(Error::Unsupported("a working set with huge_pages"));
+    }
+    if let Some(path) = &load.prefetch {
+        working_set::read_ahead(path, &file, size)?;
+    }
+    Ok(match copied {
+        true => Source::Copied(file),
+        false => Source::File(file),
+    })
+}
+
+/// Memory that who listens at `socket` fills.
+fn by_handler(load: &LoadSnapshot, config: &mut VmConfig, socket: &Path) -> Result<Source, Error> {
+    adapt(load, config);
+    match config.shares_memory() {
+        true => Err(Error::Unsupported(
+            "a mem_backend of type Uffd for a VM that has drives with a socket",
+        )),
+        false => Ok(Source::Handler(socket.into())),
+    }
+}
+
+fn adapt(load: &LoadSnapshot, config: &mut VmConfig) {
+    let machine = &mut config.machine_config;
+    machine.track_dirty_pages |= load.track_dirty_pages;
+    machine.huge_pages = load.huge_pages.unwrap_or(machine.huge_pages);
 }
 
 /// How often a snapshot that is being replaced is looked at anew.

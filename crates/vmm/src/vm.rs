@@ -26,8 +26,8 @@ use husk_kvm::{Kvm, Passed, Vcpu, VcpuState, VmState};
 use husk_loader::Kernel;
 use husk_sandbox::{Filters, Kind};
 use husk_snapshot::Lineage;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// A VM. [`Vm::start`] lets its guest run, [`Vm::stop`] takes it down; fields are dropped in order, memory last.
@@ -58,6 +58,10 @@ const MOMENT: Duration = Duration::from_millis(1);
 
 /// How long a pause waits for the vCPUs. Each leaves the guest at once, unless it waits for room for its console output.
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long threads of a VM that is taken down may wait for pages: that may come, or that cannot.
+const DOWN_LIMIT: Duration = Duration::from_secs(3);
+const LOST_LIMIT: Duration = Duration::from_millis(200);
 
 impl Vm {
     /// Build a VM, complete up to the boot vCPU's first instruction.
@@ -258,6 +262,9 @@ impl Vm {
         }
         Err(Error::State(match has_ended() {
             true => "the VM has ended",
+            false if self.memory.handler().is_some() => {
+                "the guest could not be paused in time: does the handler of its page faults answer, and anybody read its console?"
+            }
             false => "the guest could not be paused in time: does anybody read its console?",
         }))
     }
@@ -276,7 +283,7 @@ impl Vm {
     fn tell(&self) -> Result<Vec<VcpuState>, Error> {
         let msrs = Kvm::open()?.state_msrs()?;
         let (shared, count) = (&self.shared, self.threads.len() as u32);
-        let ask = || shared.pause.ask();
+        let ask = || shared.pause.ask(count, PAUSE_LIMIT);
         shared.census.take(msrs, count, ask, PAUSE_LIMIT)
     }
 
@@ -375,9 +382,51 @@ impl Vm {
         self.shared.pause.look_again();
     }
 
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
     /// End the VM if it has not ended, wait until its vCPUs are out of the guest, and give everything back to the host.
-    pub fn stop(mut self) -> Outcome {
+    ///
+    /// What waits for a page of memory that nobody fills is not waited for: such a VM is left as it is, and the process must end.
+    pub fn stop(self) -> Outcome {
         self.end(Outcome::Stopped);
+        let Some(handler) = self.memory.handler() else {
+            return self.dismantle();
+        };
+        handler.end_watch();
+        let shared = Arc::clone(&self.shared);
+        // Its memory must not go when there is no thread to take it down on.
+        let vm = Arc::new(Mutex::new(Some(self)));
+        let (say, stopped) = channel();
+        let body = {
+            let vm = Arc::clone(&vm);
+            move || {
+                if let Some(vm) = take(&vm) {
+                    // Who waited may have given up.
+                    let _ = say.send(vm.dismantle());
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("down".into());
+        if let Err(e) = thread.spawn(body) {
+            log::warn!("taking the VM down may take for ever: {e}");
+            return take(&vm).map_or(Outcome::Stopped, Self::dismantle);
+        }
+        let limit = match shared.lifecycle.outcome() {
+            Some(Outcome::Memory(_)) => LOST_LIMIT,
+            _ => DOWN_LIMIT,
+        };
+        let outcome = stopped.recv_timeout(limit).ok();
+        outcome.unwrap_or_else(|| match shared.lifecycle.outcome() {
+            // It cannot start again here.
+            None | Some(Outcome::Reset) => Outcome::Memory("pages of it do not come".into()),
+            Some(outcome) => outcome,
+        })
+    }
+
+    fn dismantle(mut self) -> Outcome {
         drop(self.boot.take());
         for thread in self.threads.drain(..) {
             thread.stop();
@@ -614,6 +663,7 @@ impl Ready {
         if entry.is_some() {
             platform.generation_id = Some(layout::GENERATION_ID);
         }
+        watch_handler(&memory, &shared, &host.filters)?;
         let place = Place {
             slots,
             bus: &shared.mmio,
@@ -843,6 +893,28 @@ impl Drop for BootProcessor {
             thread.join();
         }
     }
+}
+
+/// Have the VM end when the handler of its page faults is gone.
+fn watch_handler(
+    memory: &GuestMemory,
+    shared: &Arc<Shared>,
+    filters: &Filters,
+) -> Result<(), Error> {
+    let Some(handler) = memory.handler() else {
+        return Ok(());
+    };
+    let (shared, filters) = (Arc::clone(shared), filters.clone());
+    let lost = move |why| {
+        shared.lifecycle.end(Outcome::Memory(why));
+        shared.pause.look_again();
+    };
+    let prepare = move || filters.confine(Kind::Console);
+    handler.watch(prepare, lost).map_err(no_thread)
+}
+
+fn take<T>(place: &Mutex<Option<T>>) -> Option<T> {
+    place.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 fn no_thread(error: std::io::Error) -> Error {

@@ -522,7 +522,7 @@ pub const ROUTES: &[Route] = &[
         "Go on from a snapshot. When this fails, the process ends",
         BeforeBoot,
         schema::<LoadSnapshot>,
-        r#"{"snapshot_path":"/s","mem_backend":{"backend_type":"File","backend_path":"/m"},"mem_file_path":"/m","track_dirty_pages":true,"resume_vm":true}"#,
+        r#"{"snapshot_path":"/s","mem_backend":{"backend_type":"File","backend_path":"/m"},"mem_file_path":"/m","track_dirty_pages":true,"resume_vm":true,"huge_pages":"2M","record_working_set":"/w","prefetch":"/w"}"#,
     ),
     change(
         "PUT",
