@@ -28,6 +28,8 @@ pub(super) struct IoVecs {
     all: Vec<libc::iovec>,
     /// Those before are done with.
     first: usize,
+    /// The next call is for those before; all, unless [`IoVecs::limit`] says less.
+    until: usize,
 }
 
 // SAFETY: the pointers are into memory that is mapped for the whole process for as long as `mem` lives, and are only given to
@@ -41,6 +43,7 @@ impl IoVecs {
             mem,
             all: Vec::new(),
             first: 0,
+            until: usize::MAX,
         }
     }
 
@@ -53,6 +56,7 @@ impl IoVecs {
     pub(super) fn clear(&mut self) {
         self.all.clear();
         self.first = 0;
+        self.until = usize::MAX;
     }
 
     /// Add what lies in a buffer behind `skip` bytes, at most `most`; the number of bytes that these are.
@@ -90,6 +94,32 @@ impl IoVecs {
         }
     }
 
+    /// Bytes that are left.
+    pub(super) fn left(&self) -> u64 {
+        let rest = self.all.get(self.first..).unwrap_or_default();
+        rest.iter().map(|part| part.iov_len as u64).sum()
+    }
+
+    /// Let the next call be for the first `count` bytes of what is left, which are not 0, and no longer for less.
+    pub(super) fn limit(&mut self, count: u64) {
+        self.until = usize::MAX;
+        let mut left = usize::try_from(count).unwrap_or(usize::MAX);
+        let mut at = self.first;
+        while let Some(part) = self.all.get_mut(at).filter(|_| left > 0) {
+            if left < part.iov_len {
+                let rest = libc::iovec {
+                    iov_base: part.iov_base.wrapping_byte_add(left),
+                    iov_len: part.iov_len - left,
+                };
+                part.iov_len = left;
+                self.all.insert(at + 1, rest);
+            }
+            left -= self.all.get(at).map_or(left, |part| part.iov_len);
+            at += 1;
+        }
+        self.until = at;
+    }
+
     /// The first `count` bytes are done with.
     pub(super) fn advance(&mut self, count: u32) {
         let mut left = count as usize;
@@ -122,7 +152,8 @@ impl IoVecs {
     }
 
     fn rest(&self) -> &[libc::iovec] {
-        self.all.get(self.first..).unwrap_or_default()
+        let until = self.until.min(self.all.len());
+        self.all.get(self.first..until).unwrap_or_default()
     }
 }
 
