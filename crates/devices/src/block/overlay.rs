@@ -253,7 +253,7 @@ impl Overlay {
     /// Bring those clusters in of which only a part is between `offset` and `end`.
     fn copy_edges(&mut self, base: &File, offset: u64, end: u64) -> IoResult<()> {
         let (first, last) = (offset / CLUSTER, end.saturating_sub(1) / CLUSTER);
-        let cuts_first = offset % CLUSTER != 0 || end < self.cluster_end(first);
+        let cuts_first = !offset.is_multiple_of(CLUSTER) || end < self.cluster_end(first);
         let cuts_last = end < self.cluster_end(last);
         if cuts_first {
             self.copy_up(base, first)?;

@@ -4,6 +4,7 @@ use super::*;
 use crate::block::{CLUSTER, Error, Overlay};
 use std::fs::File;
 use std::io::ErrorKind;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
@@ -62,6 +63,10 @@ impl Overlaid {
         );
         assert_eq!(std::fs::read_dir(self.folder.path()).unwrap().count(), 1);
     }
+}
+
+fn ranges(ends: &[(u64, u64)]) -> Vec<Range<u64>> {
+    ends.iter().map(|&(start, end)| start..end).collect()
 }
 
 fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
@@ -318,16 +323,17 @@ fn what_cannot_be_an_overlay_is_refused() {
     let folder = overlaid.folder.path();
     let file = || tempfile::tempfile_in(folder).unwrap();
     for written in [
-        &[0..2049][..],
-        &[3..3],
-        &[3..2],
-        &[4..6, 5..7],
-        &[4..6, 1..2],
+        &[(0, 2049)][..],
+        &[(3, 3)],
+        &[(3, 2)],
+        &[(4, 6), (5, 7)],
+        &[(4, 6), (1, 2)],
     ] {
-        let refused = Overlay::from_file(file(), written, SIZE).unwrap_err();
+        let written = ranges(written);
+        let refused = Overlay::from_file(file(), &written, SIZE).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::InvalidInput, "{written:?}");
     }
-    assert!(Overlay::from_file(file(), &[0..1 << 50], u64::MAX).is_err());
+    assert!(Overlay::from_file(file(), &ranges(&[(0, 1 << 50)]), u64::MAX).is_err());
     let other = Overlay::create(folder, SIZE - 512).unwrap();
     let refused = Block::with_overlay(&overlaid.drive, None, other);
     let refused = refused.err().unwrap();
