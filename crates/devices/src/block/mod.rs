@@ -209,8 +209,6 @@ impl Block {
     ) -> Result<Self, Error> {
         let path = drive.path();
         if overlay.is_some() {
-            // As far as requests are concerned that change something: those go to a file.
-            disk.is_device = false;
             disk.physical_size = disk.physical_size.max(CLUSTER as u32);
         }
         let limiter = RateLimiter::new(drive.rate_limiter);
@@ -259,7 +257,8 @@ impl Block {
             capacity: self.disk.capacity,
             block_size: self.disk.block_size.into(),
             read_only: self.read_only,
-            is_device: self.disk.is_device,
+            // What changes something goes to an overlay's file.
+            is_device: self.disk.is_device && self.overlay.is_none(),
             features,
             // 5.2.6.2: without flushes, what is written is on the disk.
             write_through: self.features & flush != 0 && features & flush == 0,
