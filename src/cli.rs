@@ -500,7 +500,7 @@ pub struct RunArgs {
     )]
     pub memory: Option<String>,
 
-    /// A disk, a raw image or a block device: PATH[,ro][,root][,direct][,id=NAME][,cache=unsafe|writeback]
+    /// A disk, a raw image or a block device: PATH[,ro][,root][,direct][,overlay[=DIR]][,id=NAME][,cache=unsafe|writeback]
     /// [,engine=auto|sync|uring][,queues=N][,rate=BYTES][,ops=N], the last two per second; `,,` is a comma in PATH.
     /// Or a vhost-user server's: socket=PATH[,root][,id=NAME][,cache=unsafe|writeback][,queues=N]
     #[arg(long, value_name = "DISK", help_heading = "Devices")]

@@ -1,11 +1,11 @@
 //! Devices on the command line: `WHAT[,KEY=VALUE|,FLAG]…`, into their configuration.
 
 use husk_config::{
-    Balloon, CacheType, Drive, Entropy, Forward, IoEngine, NetworkInterface, RateLimiter,
+    Balloon, CacheType, Drive, Entropy, Forward, IoEngine, NetworkInterface, Overlay, RateLimiter,
     TokenBucket, UserNetwork, Vsock,
 };
 
-/// `--disk PATH|socket=PATH[,ro][,root][,direct][,id=NAME][,cache=unsafe|writeback][,engine=auto|sync|uring][,queues=N][,rate=B][,ops=N]`.
+/// `--disk PATH|socket=PATH[,ro][,root][,direct][,overlay[=DIR]][,id=NAME][,cache=unsafe|writeback][,engine=auto|sync|uring][,queues=N][,rate=B][,ops=N]`.
 /// `index` makes the name of a disk that has none.
 pub fn disk(text: &str, index: usize) -> Result<Drive, String> {
     let mut words = Words::new(text);
@@ -20,6 +20,10 @@ pub fn disk(text: &str, index: usize) -> Result<Drive, String> {
             ("ro", None) => drive.is_read_only = Some(true),
             ("root", None) => drive.is_root_device = true,
             ("direct", None) => drive.direct = true,
+            ("overlay", directory) => {
+                let directory = directory.map(Into::into);
+                drive.overlay = Some(Overlay { directory });
+            }
             ("id", Some(id)) => drive.drive_id = id.into(),
             ("cache", Some("unsafe")) => drive.cache_type = CacheType::Unsafe,
             ("cache", Some("writeback")) => drive.cache_type = CacheType::Writeback,
@@ -33,7 +37,7 @@ pub fn disk(text: &str, index: usize) -> Result<Drive, String> {
                 return Err(unknown(
                     &key,
                     value,
-                    "ro, root, direct, id=NAME, cache=unsafe|writeback, engine=auto|sync|uring, queues=N, rate=BYTES, ops=N",
+                    "ro, root, direct, overlay, overlay=DIR, id=NAME, cache=unsafe|writeback, engine=auto|sync|uring, queues=N, rate=BYTES, ops=N",
                 ));
             }
         }
@@ -239,6 +243,11 @@ mod tests {
         let limits = full.rate_limiter.unwrap();
         assert_eq!(limits.bandwidth.unwrap().size, 1 << 20);
         assert_eq!(limits.ops.unwrap().size, 5);
+        assert_eq!(plain.overlay, None);
+        let thrown_away = disk("x,overlay", 0).unwrap().overlay.unwrap();
+        assert_eq!(thrown_away, Overlay::default());
+        let elsewhere = disk("x,overlay=/a,,b", 0).unwrap().overlay.unwrap();
+        assert_eq!(elsewhere.directory, Some("/a,b".into()));
         let served = disk("socket=/run/d,,1,root,id=r", 0).unwrap();
         assert_eq!(served.socket.unwrap().to_str(), Some("/run/d,1"));
         assert!(served.path_on_host.is_none() && served.is_root_device);

@@ -21,6 +21,8 @@ mod limits;
 mod live;
 #[path = "devices/nets.rs"]
 mod nets;
+#[path = "devices/overlays.rs"]
+mod overlays;
 #[path = "devices/roots.rs"]
 mod roots;
 #[path = "devices/seen.rs"]
@@ -82,6 +84,7 @@ pairs! {
         nets::a_large_file_goes_both_ways_over_the_user_network
         nets::networks_and_sockets_carry_everything
         nets::the_user_network_needs_no_tap_and_forwards_ports
+        overlays::two_guests_write_to_one_image_which_stays_as_it_is
         roots::a_root_file_system_is_on_a_disk
         seen::whatever_is_set_is_seen_in_the_guest
         served::a_served_disk_keeps_what_is_written

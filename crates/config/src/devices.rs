@@ -37,12 +37,25 @@ pub struct Drive {
     /// Go around the host's page cache (O_DIRECT).
     #[serde(default, skip_serializing_if = "is_default")]
     pub direct: bool,
+    /// What the guest writes goes elsewhere, and is gone with the VM; the file stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<Overlay>,
     /// Request queues, 1 to [`MAX_QUEUES`].
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub queues: u16,
     /// How much the guest may do.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
+}
+
+/// Where a disk's writes go instead of its file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Overlay {
+    /// The directory for a file without a name; `$TMPDIR`, or else `/var/tmp`, when absent.
+    #[serde(default)]
+    pub directory: Option<PathBuf>,
 }
 
 /// What a flush by the guest means.
@@ -220,6 +233,7 @@ impl Drive {
             io_engine: None,
             socket: None,
             direct: false,
+            overlay: None,
             queues: 1,
             rate_limiter: None,
         }
@@ -247,7 +261,7 @@ impl Drive {
         let Some(socket) = &self.socket else {
             return match self.path().as_os_str().is_empty() {
                 true => why("has no file: give its path, or the socket of a server".into()),
-                false => Ok(()),
+                false => self.validate_overlay(),
             };
         };
         // sockaddr_un.
@@ -261,6 +275,7 @@ impl Drive {
             ("io_engine", self.io_engine.is_some()),
             ("rate_limiter", self.rate_limiter.is_some()),
             ("direct", self.direct),
+            ("an overlay", self.overlay.is_some()),
         ];
         match others.iter().find(|(_, given)| *given) {
             Some((other, _)) => why(format!(
@@ -270,8 +285,29 @@ impl Drive {
         }
     }
 
+    fn validate_overlay(&self) -> Result<(), Error> {
+        let Some(overlay) = &self.overlay else {
+            return Ok(());
+        };
+        let why = |text: &str| Err(Error::Device(self.drive_id.clone(), text.into()));
+        match &overlay.directory {
+            _ if self.read_only() => why("is read-only and has an overlay: leave one out"),
+            _ if self.direct => why(
+                "is direct and has an overlay, whose file VMs share in the page cache: leave one out",
+            ),
+            Some(directory) if directory.as_os_str().is_empty() => {
+                why("has an overlay in a directory without a name: give one, or none")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// What may change while the VM runs.
     pub(crate) fn check_update(&self, path: bool, limits: bool) -> Result<(), Error> {
+        if path && self.overlay.is_some() {
+            let why = "has an overlay, and keeps its file: leave path_on_host out";
+            return Err(Error::Device(self.drive_id.clone(), why.into()));
+        }
         if self.socket.is_none() || !(path || limits) {
             return Ok(());
         }
@@ -489,6 +525,32 @@ mod tests {
         assert!(drive(|d| d.path_on_host = Some("".into())).is_err());
         assert!(drive(|d| d.path_on_host = None).is_err());
 
+        let overlaid = |change: fn(&mut Drive)| {
+            let mut drive = Drive::new("rootfs", "/img");
+            drive.overlay = Some(Overlay::default());
+            change(&mut drive);
+            drive.validate().map_err(|e| e.to_string())
+        };
+        overlaid(|_| ()).unwrap();
+        overlaid(|d| d.is_read_only = Some(false)).unwrap();
+        for change in [
+            (|d| d.is_read_only = Some(true)) as fn(&mut Drive),
+            |d| d.direct = true,
+            |d| {
+                d.overlay = Some(Overlay {
+                    directory: Some("".into()),
+                })
+            },
+        ] {
+            let said = overlaid(change).unwrap_err();
+            assert!(said.contains("overlay"), "{said}");
+        }
+        let mut drive_ = Drive::new("rootfs", "/img");
+        drive_.overlay = Some(Overlay::default());
+        let said = drive_.check_update(true, true).unwrap_err().to_string();
+        assert!(said.contains("path_on_host"), "{said}");
+        drive_.check_update(false, true).unwrap();
+
         let served = |change: fn(&mut Drive)| {
             let mut drive = Drive::new("rootfs", "");
             drive.path_on_host = None;
@@ -510,6 +572,7 @@ mod tests {
             d.rate_limiter = Some(RateLimiter::default())
         });
         refused("direct", |d| d.direct = true);
+        refused("overlay", |d| d.overlay = Some(Overlay::default()));
         assert!(served(|d| d.socket = Some("".into())).is_err());
         assert!(served(|d| d.socket = Some("x".repeat(108).into())).is_err());
 

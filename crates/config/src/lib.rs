@@ -21,7 +21,7 @@ pub use cpu::{
     OnlyOnAarch64, RegisterModifier,
 };
 pub use devices::{
-    Balloon, CacheType, Drive, Entropy, Forward, IoEngine, MAX_QUEUES, NetworkInterface,
+    Balloon, CacheType, Drive, Entropy, Forward, IoEngine, MAX_QUEUES, NetworkInterface, Overlay,
     RateLimiter, Serial, TokenBucket, UserNetwork, Vsock,
 };
 pub use error::Error;

@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::memory::GuestMemory;
 use crate::platform::Platform;
 use crate::working_set;
-use husk_config::{HugePages, LoadSnapshot, MemBackendType, VmConfig};
+use husk_config::{Drive, HugePages, LoadSnapshot, MemBackendType, VmConfig};
 use husk_devices::{keyboard, pci_hotplug, serial};
 use husk_kvm::{VcpuState, VmState};
 use husk_snapshot::{Header, Lineage, MemoryFile, Pages};
@@ -312,9 +312,14 @@ pub fn describe_snapshot(path: &Path) -> Result<String, Error> {
 
 /// What cannot be kept yet is said before anything is written.
 pub fn check(config: &VmConfig) -> Result<(), Error> {
+    let any = |what: fn(&Drive) -> bool| config.drives.iter().any(what);
     // What its server has begun, nobody else can tell.
-    match config.drives.iter().any(|drive| drive.socket.is_some()) {
-        true => Err(Error::NoSnapshot("vhost-user drives")),
+    if any(|drive| drive.socket.is_some()) {
+        return Err(Error::NoSnapshot("vhost-user drives"));
+    }
+    // What the guest wrote is gone with this process.
+    match any(|drive| drive.overlay.is_some()) {
+        true => Err(Error::NoSnapshot("drives with overlays")),
         false => Ok(()),
     }
 }

@@ -50,7 +50,16 @@ impl Disk {
         access: Access,
         current: Option<&Disk>,
     ) -> Result<(Self, bool), Error> {
-        let file = open(path, access)?;
+        Self::of(open(path, access)?, path, access, current)
+    }
+
+    /// The same with a file that is open already.
+    pub(super) fn of(
+        file: File,
+        path: &Path,
+        access: Access,
+        current: Option<&Disk>,
+    ) -> Result<(Self, bool), Error> {
         let failed = |e| Error::Read(path.into(), e);
         let stat = rustix::fs::fstat(&file).map_err(|e| failed(e.into()))?;
         let is_device = match FileType::from_raw_mode(stat.st_mode) {

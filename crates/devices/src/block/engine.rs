@@ -2,6 +2,7 @@
 
 use super::bounce::Transfer;
 use super::io::{self, IoVecs, Ring};
+use super::overlay::Way;
 use super::request::{Parsed, Request};
 use super::{Block, Error, Queue};
 use husk_config::{Drive, IoEngine};
@@ -268,13 +269,28 @@ impl Block {
     /// Make the next step of a request, and those after it if they are waited for.
     fn run(&mut self, mut request: Request) -> Result<(), DeviceError> {
         loop {
-            if let Some(ring) = &mut self.engine.ring {
-                match ring.push(request, &self.disk.file) {
-                    Ok(()) => return Ok(()),
-                    Err(back) => request = back,
+            let base = &self.disk.file;
+            let way = match &mut self.overlay {
+                None => Ok(Way::Base),
+                Some(overlay) => overlay.prepare(base, &mut request),
+            };
+            let result = match (way, &mut self.overlay) {
+                (Err(e), _) => Err(e),
+                (Ok(Way::Fill), Some(overlay)) => overlay.fill(&request.step()),
+                (Ok(way), overlay) => {
+                    let file = match (way, overlay) {
+                        (Way::Overlay, Some(overlay)) => overlay.file(),
+                        _ => base,
+                    };
+                    if let Some(ring) = &mut self.engine.ring {
+                        match ring.push(request, file) {
+                            Ok(()) => return Ok(()),
+                            Err(back) => request = back,
+                        }
+                    }
+                    io::run(file, &request.step())
                 }
-            }
-            let result = io::run(&self.disk.file, &request.step());
+            };
             if let Some(end) = request.advance(result) {
                 self.tick();
                 return self.finish(request, end);

@@ -27,7 +27,9 @@ pub(super) struct IoVecs {
     mem: Arc<GuestMemory>,
     all: Vec<libc::iovec>,
     /// Those before are done with.
-    first: usize,
+    first: u32,
+    /// The next call is for those before; all, unless [`IoVecs::limit`] says less.
+    until: u32,
 }
 
 // SAFETY: the pointers are into memory that is mapped for the whole process for as long as `mem` lives, and are only given to
@@ -41,6 +43,7 @@ impl IoVecs {
             mem,
             all: Vec::new(),
             first: 0,
+            until: u32::MAX,
         }
     }
 
@@ -53,6 +56,7 @@ impl IoVecs {
     pub(super) fn clear(&mut self) {
         self.all.clear();
         self.first = 0;
+        self.until = u32::MAX;
     }
 
     /// Add what lies in a buffer behind `skip` bytes, at most `most`; the number of bytes that these are.
@@ -90,10 +94,36 @@ impl IoVecs {
         }
     }
 
+    /// Bytes that are left.
+    pub(super) fn left(&self) -> u64 {
+        let rest = self.all.get(self.first as usize..).unwrap_or_default();
+        rest.iter().map(|part| part.iov_len as u64).sum()
+    }
+
+    /// Let the next call be for the first `count` bytes of what is left, which are not 0, and no longer for less.
+    pub(super) fn limit(&mut self, count: u64) {
+        self.until = u32::MAX;
+        let mut left = usize::try_from(count).unwrap_or(usize::MAX);
+        let mut at = self.first as usize;
+        while let Some(part) = self.all.get_mut(at).filter(|_| left > 0) {
+            if left < part.iov_len {
+                let rest = libc::iovec {
+                    iov_base: part.iov_base.wrapping_byte_add(left),
+                    iov_len: part.iov_len - left,
+                };
+                part.iov_len = left;
+                self.all.insert(at + 1, rest);
+            }
+            left -= self.all.get(at).map_or(left, |part| part.iov_len);
+            at += 1;
+        }
+        self.until = at as u32;
+    }
+
     /// The first `count` bytes are done with.
     pub(super) fn advance(&mut self, count: u32) {
         let mut left = count as usize;
-        while let Some(part) = self.all.get_mut(self.first) {
+        while let Some(part) = self.all.get_mut(self.first as usize) {
             if left < part.iov_len {
                 part.iov_base = part.iov_base.wrapping_byte_add(left);
                 part.iov_len -= left;
@@ -106,7 +136,7 @@ impl IoVecs {
 
     /// Nothing is left.
     pub(super) fn is_empty(&self) -> bool {
-        self.first >= self.all.len()
+        self.first as usize >= self.all.len()
     }
 
     /// Whether each part begins at a multiple of `address` bytes, and is a multiple of `length` bytes long.
@@ -122,7 +152,8 @@ impl IoVecs {
     }
 
     fn rest(&self) -> &[libc::iovec] {
-        self.all.get(self.first..).unwrap_or_default()
+        let until = self.all.len().min(self.until as usize);
+        self.all.get(self.first as usize..until).unwrap_or_default()
     }
 }
 

@@ -11,6 +11,7 @@ mod disk;
 mod engine;
 mod io;
 mod layout;
+mod overlay;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -25,7 +26,9 @@ use husk_virtio::{
     ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, DeviceState, GuestMemory,
     VirtioDevice,
 };
+pub use overlay::{CLUSTER, LARGEST, Overlay};
 use request::Rules;
+use std::fs::File;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -47,6 +50,12 @@ const MAX_DISCARD_SEGMENTS: u32 = 64;
 const COMPLETIONS: u32 = 0;
 /// The source that tells of tokens.
 const TOKENS: u32 = 1;
+
+/// How the file under an overlay is opened.
+const BASE: Access = Access {
+    read_only: true,
+    direct: false,
+};
 
 /// Why a disk cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +103,18 @@ pub enum Error {
     /// io_uring was asked for, and there is none.
     #[error("io_uring cannot be set up for the disk {0}; choose the engine Sync or Auto")]
     IoUring(PathBuf, #[source] std::io::Error),
+    /// No file for an overlay.
+    #[error("no file for the overlay of the disk {0} can be made in {1}; name another directory")]
+    Overlay(PathBuf, PathBuf, #[source] std::io::Error),
+    /// Too much to note what is written.
+    #[error("the disk {0} is too large for an overlay, which takes 16 TiB; attach it without")]
+    OverlayTooLarge(PathBuf),
+    /// An overlay from elsewhere.
+    #[error("the disk {0} is not the one that its overlay was made for")]
+    ForeignOverlay(PathBuf),
+    /// The base of an overlay stays what it is.
+    #[error("the disk {0} has an overlay, and keeps its file; give it without path_on_host")]
+    OverlayStays(PathBuf),
     /// No timer.
     #[error("the limits of the disk {0} cannot be set up")]
     Limiter(PathBuf, #[source] rate_limiter::Error),
@@ -102,11 +123,15 @@ pub enum Error {
 /// A block device.
 pub struct Block {
     access: Access,
+    /// The guest cannot write.
+    read_only: bool,
     features: u64,
     queue_count: u16,
     id: [u8; 20],
     config: Arc<ConfigSpace>,
     disk: Disk,
+    /// What takes the writes instead of the file.
+    overlay: Option<Overlay>,
     limiter: RateLimiter,
     engine: Engine,
     bounce: Bounce,
@@ -140,12 +165,52 @@ struct Started {
 impl Block {
     /// Open and lock the file of `drive`, which was checked with its VM's configuration.
     pub fn new(drive: &Drive) -> Result<Self, Error> {
-        let path = drive.path();
         let access = Access {
             read_only: drive.read_only(),
             direct: drive.direct,
         };
-        let disk = Disk::open(path, access)?;
+        let path = drive.path();
+        match &drive.overlay {
+            None => Self::with(drive, access, Disk::open(path, access)?, None),
+            Some(overlay) => {
+                let disk = Disk::open(path, BASE)?;
+                let overlay = overlay::create(overlay, path, disk.capacity)?;
+                Self::with(drive, BASE, disk, Some(overlay))
+            }
+        }
+    }
+
+    /// As [`Block::new`], with an overlay that is there already, over the file that the drive's path names or, where it is open
+    /// already, and not with O_DIRECT, `base`. The lock that others have by the same open file description is changed to one for reading.
+    ///
+    /// # Errors
+    /// As [`Block::new`], and if the overlay is one of a disk of another size.
+    pub fn with_overlay(
+        drive: &Drive,
+        base: Option<File>,
+        overlay: Overlay,
+    ) -> Result<Self, Error> {
+        let path = drive.path();
+        let disk = match base {
+            Some(file) => Disk::of(file, path, BASE, None)?.0,
+            None => Disk::open(path, BASE)?,
+        };
+        if overlay.capacity() != disk.capacity {
+            return Err(Error::ForeignOverlay(path.into()));
+        }
+        Self::with(drive, BASE, disk, Some(overlay))
+    }
+
+    fn with(
+        drive: &Drive,
+        access: Access,
+        mut disk: Disk,
+        overlay: Option<Overlay>,
+    ) -> Result<Self, Error> {
+        let path = drive.path();
+        if overlay.is_some() {
+            disk.physical_size = disk.physical_size.max(CLUSTER as u32);
+        }
         let limiter = RateLimiter::new(drive.rate_limiter);
         let mut id = [0; 20];
         for (to, from) in id.iter_mut().zip(drive.drive_id.bytes()) {
@@ -153,6 +218,7 @@ impl Block {
         }
         Ok(Self {
             access,
+            read_only: drive.read_only(),
             features: layout::features(drive),
             queue_count: drive.queues,
             id,
@@ -160,6 +226,7 @@ impl Block {
             limiter: limiter.map_err(|e| Error::Limiter(path.into(), e))?,
             engine: Engine::new(drive)?,
             disk,
+            overlay,
             bounce: Bounce::default(),
             chain: Chain::default(),
             queues: (0..drive.queues).map(|_| None).collect(),
@@ -170,6 +237,11 @@ impl Block {
             clock: 0,
             made: Instant::now(),
         })
+    }
+
+    /// What was written, where that goes to an overlay. All of it only while nothing is in flight.
+    pub fn overlay(&self) -> Option<&Overlay> {
+        self.overlay.as_ref()
     }
 
     /// Look at the time, for how long requests take.
@@ -184,8 +256,9 @@ impl Block {
         Rules {
             capacity: self.disk.capacity,
             block_size: self.disk.block_size.into(),
-            read_only: self.access.read_only,
-            is_device: self.disk.is_device,
+            read_only: self.read_only,
+            // What changes something goes to an overlay's file.
+            is_device: self.disk.is_device && self.overlay.is_none(),
             features,
             // 5.2.6.2: without flushes, what is written is on the disk.
             write_through: self.features & flush != 0 && features & flush == 0,
@@ -197,6 +270,13 @@ impl Block {
 
     /// Go on with another file, or with what is new about this one; whether the driver should look at its capacity.
     fn change_file(&mut self, path: Option<&Path>) -> Result<bool, Error> {
+        if self.overlay.is_some() {
+            // What it is the overlay of must not change.
+            return match path {
+                None => Ok(false),
+                Some(_) => Err(Error::OverlayStays(self.disk.path.clone())),
+            };
+        }
         let Some(path) = path else {
             return self.disk.read_size();
         };

@@ -342,6 +342,16 @@ impl Request {
         }
     }
 
+    /// It fills a part of the disk with zeroes.
+    pub(super) fn makes_zeroes(&self) -> bool {
+        self.operation == Operation::WriteZeroes
+    }
+
+    /// Let the next call be for no more than `count` bytes of data, which are not 0.
+    pub(super) fn limit(&mut self, count: u64) {
+        self.vecs.limit(count);
+    }
+
     /// The call returned `result`. `None`: there is a next step; else how the request ended.
     pub(super) fn advance(&mut self, result: io::Result<u32>) -> Option<io::Result<()>> {
         let result = match result {

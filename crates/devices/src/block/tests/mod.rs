@@ -2,6 +2,7 @@
 
 mod changes;
 mod devices;
+mod overlay;
 mod requests;
 
 use super::Block;
