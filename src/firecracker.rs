@@ -21,9 +21,6 @@ const ARG_PARSING: u8 = 153;
 /// Memory of a VM whose client does not say, in MiB.
 const MEMORY_MIB: u64 = 128;
 
-/// The version of Firecracker's snapshots that is told to who asks for one. Husk's own snapshots have theirs.
-const SNAPSHOT_VERSION: &str = "8.0.0";
-
 /// Firecracker's flags.
 #[derive(Debug, Parser)]
 #[command(name = "firecracker", disable_version_flag = true)]
@@ -155,13 +152,13 @@ fn run(flags: Flags, start: Instant) -> Result<u8, Failure> {
         return crate::print(text.as_bytes());
     }
     if flags.snapshot_version {
-        return crate::print(format!("v{SNAPSHOT_VERSION}\n").as_bytes());
+        let version = husk_vmm::SNAPSHOT_VERSION;
+        return crate::print(format!("v{version}.0.0\n").as_bytes());
     }
     if let Some(path) = &flags.describe_snapshot {
-        return Err(generic(format!(
-            "{} cannot be described: snapshots are not supported yet",
-            path.display()
-        )));
+        let version = husk_vmm::snapshot_version(path);
+        let version = version.map_err(|e| generic(husk_vmm::chain(&e)))?;
+        return crate::print(format!("v{version}.0.0\n").as_bytes());
     }
     set_up_process(&flags)?;
     let filters = match &flags.seccomp_filter {

@@ -31,6 +31,8 @@ mod seccomp;
 mod served;
 #[path = "smoke/settings.rs"]
 mod settings;
+#[path = "smoke/snapshot_crashes.rs"]
+mod snapshot_crashes;
 #[path = "smoke/snapshot_hosts.rs"]
 mod snapshot_hosts;
 #[path = "smoke/snapshots.rs"]

@@ -52,7 +52,14 @@ fn firecrackers_flags_are_understood_and_others_are_not() {
     let version = firecracker.run(&["--version"]);
     let first = version.expect_status(0).console();
     assert!(first.starts_with("Firecracker v1."), "{first}");
-    firecracker.run(&["--snapshot-version"]).expect_status(0);
+    let version = firecracker.run(&["--snapshot-version"]);
+    assert_eq!(version.expect_status(0).console(), "v1.0.0\n");
+    let kept = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/resources/snapshots/version-1.state"
+    );
+    let described = firecracker.run(&["--describe-snapshot", kept]);
+    assert_eq!(described.expect_status(0).console(), "v1.0.0\n");
     firecracker
         .run(&["--describe-snapshot", "/nosuch"])
         .expect_status(1);

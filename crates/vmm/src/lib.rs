@@ -29,7 +29,7 @@ pub use error::{Error, chain};
 pub use footprint::{forget_code, share_heap};
 pub use host::{Console, Host, Identity, OpenOutput, Watch};
 pub use lifecycle::{Outcome, Wake};
-pub use snapshot::{Template, describe_snapshot};
+pub use snapshot::{SNAPSHOT_VERSION, Template, describe_snapshot, snapshot_version};
 pub use spin::spin_for;
 pub use timeline::{Cost, Counting, Phase, Reached, Timeline};
 pub use vcpu::{ExitCounts, install_kick_handler};

@@ -284,6 +284,15 @@ fn read(path: &Path) -> Result<(Header, Snapshot, VmConfig), Error> {
     Ok((header, snapshot, config))
 }
 
+/// The version of snapshots that are made.
+pub const SNAPSHOT_VERSION: u32 = husk_snapshot::VERSION;
+
+/// The version of a state file that is whole.
+pub fn snapshot_version(path: &Path) -> Result<u32, Error> {
+    let (header, _) = husk_snapshot::read_parts(path)?;
+    Ok(header.version)
+}
+
 /// What is in a state file, in words.
 pub fn describe_snapshot(path: &Path) -> Result<String, Error> {
     let (header, snapshot, config) = read(path)?;

@@ -68,7 +68,7 @@ impl Chain {
     fn read(&self, name: &str) -> (Value, Vec<u8>) {
         let dir = self.path(name);
         let memory = fs::read(dir.join(MEMORY)).unwrap();
-        (read_state(&dir.join(STATE)).unwrap(), memory)
+        (read_state(&dir.join(STATE)).unwrap().1, memory)
     }
 
     /// The snapshot in directory `name` is complete, called `id`, and has what memory is now.
