@@ -248,3 +248,96 @@ fn a_guest_goes_on_with_memory_that_another_process_gives_and_in_huge_pages() {
 fn a_process() {
     pages::be_a_process();
 }
+
+/// Writes to its memory, and reads all of it, again and again. Half of what it writes is zero.
+const WRITES: &str = "
+dmesg -n 1
+mount -t tmpfs -o size=64m none /tmp
+dd if=/dev/urandom of=/tmp/bytes bs=1M count=16 2>/dev/null
+i=0
+while [ $i -lt 200 ]; do
+	i=$((i + 1))
+	from=/dev/urandom
+	[ $((i % 2)) = 0 ] && from=/dev/zero
+	dd if=$from of=/tmp/bytes bs=64k count=8 seek=$((i * 7 % 240)) conv=notrunc 2>/dev/null
+	sum=$(md5sum </tmp/bytes)
+	echo \"turn $i\"
+	read -t 1 -r line && [ \"$line\" = end ] && break
+	[ \"$(md5sum </tmp/bytes)\" = \"$sum\" ] || { echo changed; poweroff -f; }
+done
+echo ends well
+";
+
+fn husk_snapshot(arguments: &[&str]) {
+    let ended = Vm::start(husk().arg("snapshot").args(arguments), LIMIT).finish();
+    ended.expect_status(0);
+}
+
+/// A Linux guest goes on from its base under five diffs, which all were made while it wrote.
+#[test]
+fn a_guest_goes_on_from_a_chain_of_diffs() {
+    let kernel = Kernel::minimal();
+    let guest = Guest::new(&kernel, Some(WRITES));
+    let dir = temp_dir();
+    let mut served = Served::start();
+    let source = json!({
+        "kernel_image_path": kernel.image,
+        "initrd_path": guest.initrd(),
+        "boot_args": "console=ttyS0 reboot=panic_warm panic=-1 pci=off quiet",
+    });
+    served.done("PUT", "/boot-source", source);
+    let machine = json!({ "vcpu_count": 2, "mem_size_mib": 256, "track_dirty_pages": true });
+    served.done("PUT", "/machine-config", machine);
+    served.done("PUT", "/actions", json!({ "action_type": "InstanceStart" }));
+    served.vm.expect("turn 1");
+    let base = dir.path().join("base");
+    let mut turn = 1;
+    // Of the guest that booted, then of one that went on, tracked and not.
+    for track in [None, Some(true), Some(false)] {
+        if let Some(track) = track {
+            drop(served);
+            served = Served::start();
+            let mut load = places(&base);
+            load["resume_vm"] = true.into();
+            load["track_dirty_pages"] = track.into();
+            served.done("PUT", "/snapshot/load", load);
+            // The line of the next may be half said.
+            turn += 2;
+            served.vm.expect(&format!("turn {turn}"));
+        } else {
+            husk_snapshot(&["-s", text(&served.socket), text(&base)]);
+        }
+        for number in 0..3 {
+            turn += 1;
+            served.vm.expect(&format!("turn {turn}"));
+            let diff = dir.path().join(format!("diff-{number}"));
+            let _ = std::fs::remove_dir_all(&diff);
+            husk_snapshot(&["-s", text(&served.socket), "--diff", text(&diff)]);
+            husk_snapshot(&["merge", text(&base), text(&diff)]);
+        }
+        // What it does from now on is not in any of them, and must not have been.
+        let whole = dir.path().join("whole");
+        let last = dir.path().join("last");
+        served.done("PATCH", "/vm", json!({ "state": "Paused" }));
+        husk_snapshot(&["-s", text(&served.socket), "--diff", text(&last)]);
+        husk_snapshot(&["-s", text(&served.socket), text(&whole)]);
+        husk_snapshot(&["merge", text(&base), text(&last)]);
+        let memory = |dir: &Path| std::fs::read(dir.join("memory")).unwrap();
+        assert!(
+            memory(&base) == memory(&whole),
+            "{track:?}: a page was missed"
+        );
+        for dir in [last, whole] {
+            std::fs::remove_dir_all(dir).unwrap();
+        }
+        let said = String::from_utf8_lossy(&served.vm.stdout.bytes()).into_owned();
+        let turns = said
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("turn "));
+        turn = turns.last().unwrap().parse().unwrap();
+    }
+    served.done("PATCH", "/vm", json!({ "state": "Resumed" }));
+    served.vm.send(b"end\n");
+    served.vm.expect("ends well");
+    served.vm.finish().expect_status(0);
+}

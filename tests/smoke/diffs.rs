@@ -182,6 +182,38 @@ fn a_guest_that_went_on_is_its_base_and_ten_diffs_tracked_or_not() {
 }
 
 #[test]
+fn a_fork_between_two_diffs_loses_nothing() {
+    let dir = temp_dir();
+    let place = |name: &str| dir.path().join(name);
+    let mut guest = Guest::boot(false);
+    guest.tell("s");
+    guest.keep(&place("base"), "Full");
+    drop(guest);
+    for track in [true, false] {
+        let mut guest = Guest::load(&place("base"), track);
+        guest.tell("d");
+        // Its memory is mapped anew, from a file that has these changes.
+        let console = place("console");
+        let clones = guest.0.answer(
+            "PUT",
+            "/husk/fork",
+            json!({ "count": 1, "console": console }),
+        );
+        let pid = clones["clones"][0]["pid"].as_i64().unwrap();
+        let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        guest.tell("z");
+        let diff = place(&format!("diff-{track}"));
+        guest.keep(&diff, "Diff");
+        let both = place(&format!("both-{track}"));
+        let base = place("base");
+        snapshot(&["merge", text(&base), text(&diff), "-o", text(&both)]).expect_status(0);
+        let sum = guest.tell("c");
+        assert_eq!(Guest::load(&both, false).tell("c"), sum, "{track}");
+    }
+}
+
+#[test]
 fn a_diff_takes_what_was_written_and_no_more() {
     let dir = temp_dir();
     let place = |name: &str| dir.path().join(name);

@@ -166,8 +166,19 @@ pub fn keep(path: &Path, state: &impl Serialize, memory: MemoryFile) -> Result<(
     let name = memory.beside.file_name();
     let name = name.map(|name| name.to_string_lossy().into_owned());
     let state = write_fresh(path, state, name)?;
-    memory.sync()?;
-    state.sync()?;
+    // To the disk they go at the same time.
+    std::thread::scope(|scope| {
+        let other = std::thread::Builder::new().stack_size(64 << 10);
+        let other = other.spawn_scoped(scope, || memory.sync());
+        let synced = state.sync();
+        match other {
+            Ok(other) => other
+                .join()
+                .unwrap_or_else(|_| Err(state.fault(io::ErrorKind::Other.into())))?,
+            Err(_) => memory.sync()?,
+        }
+        synced
+    })?;
     state.place()?;
     memory.place()?;
     sweep(&place);
