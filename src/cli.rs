@@ -375,6 +375,22 @@ pub struct ForkArgs {
     #[arg(long, value_name = "PATH-{n}")]
     pub clone_sock: Option<PathBuf>,
 
+    /// Tap devices for a network interface; again for more interfaces
+    #[arg(long = "net", value_name = "ID=TAP-{n}", value_parser = named)]
+    pub nets: Vec<(String, String)>,
+
+    /// Files for a disk [default: the disk as it was, and what is written goes with the clone]; again for more disks
+    #[arg(long = "disk", value_name = "ID=PATH-{n}", value_parser = named)]
+    pub disks: Vec<(String, String)>,
+
+    /// Unix sockets for their vsock devices [default: the VM's, with - and their number]
+    #[arg(long, value_name = "PATH-{n}")]
+    pub vsock: Option<PathBuf>,
+
+    /// Context ID of clone 1, which those of the others follow [default: behind the VM's]
+    #[arg(long, value_name = "N")]
+    pub cid: Option<u32>,
+
     /// Let them stand still until `husk resume`
     #[arg(long, requires = "clone_sock")]
     pub paused: bool,
@@ -434,6 +450,14 @@ pub struct StopArgs {
     /// Press the power button and let the guest shut down, instead of ending the VM at once
     #[arg(long)]
     pub power_button: bool,
+}
+
+/// A device's name, and what it is to be.
+fn named(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((id, value)) if !id.is_empty() && !value.is_empty() => Ok((id.into(), value.into())),
+        _ => Err("give a device's name, = and what it is to be".into()),
+    }
 }
 
 /// As Firecracker checks it.

@@ -8,9 +8,9 @@ use crate::session::{Options, Session, trouble};
 use crate::socket::ApiSocket;
 use crate::{Failure, logging, metrics};
 use husk_api::Refusal;
-use husk_config::{Answer, CLONE_NUMBER, Fork};
+use husk_config::{Answer, Fork};
 use husk_sandbox::Filters;
-use husk_vmm::{Identity, Template, Vmm};
+use husk_vmm::{CloneOf, Identity, Template, Vmm};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -62,7 +62,9 @@ impl Templates {
                         "{MOST_TEMPLATES} templates are kept already; let go of one with DELETE /husk/fork/ID"
                     )));
                 }
-                let template = vmm.freeze().map_err(|e| crate::socket::refusal(&e))?;
+                let template = vmm
+                    .freeze(request)
+                    .map_err(|e| crate::socket::refusal(&e))?;
                 let nursery = Nursery::start(template, identity, filters);
                 self.made += 1;
                 (self.made.to_string(), nursery.map_err(|e| refused(&e))?)
@@ -131,7 +133,8 @@ impl Nursery {
             SocketFlags::CLOEXEC,
             None,
         )?;
-        let mut keep = vec![theirs.as_raw_fd(), template.descriptor()];
+        let mut keep = vec![theirs.as_raw_fd()];
+        keep.extend(template.descriptors());
         keep.extend(logging::descriptor());
         let mut inner = Some(Inside {
             control: theirs,
@@ -284,7 +287,7 @@ impl Inside {
 
     fn make(&mut self, number: u32, fork: &Fork, tell: &PipeWriter) -> std::io::Result<()> {
         let mut keep = vec![tell.as_raw_fd()];
-        keep.extend(self.template.as_ref().map(Template::descriptor));
+        keep.extend(self.template.iter().flat_map(Template::descriptors));
         keep.extend(logging::descriptor());
         let template = &mut self.template;
         let (identity, filters) = (&self.identity, &self.filters);
@@ -387,16 +390,16 @@ impl Clone<'_> {
     ) -> Result<u8, Failure> {
         self.own_streams()?;
         let id = match &self.fork.id {
-            Some(pattern) => self.named(pattern),
+            Some(pattern) => Fork::name(pattern, self.number),
             None => format!("{}-{}", identity.id, self.number),
         };
         logging::rename_instance(&id);
         let identity = Identity {
-            id,
+            id: id.clone(),
             ..identity.clone()
         };
         let api = self.fork.api_sock.as_deref().map(|path| ApiSocket {
-            path: self.path(path),
+            path: Fork::path(path, self.number),
             max_body: husk_api::MAX_BODY,
             tidy: true,
         });
@@ -404,7 +407,12 @@ impl Clone<'_> {
             api,
             ..Options::new(Instant::now(), filters.clone(), identity)
         };
-        Session::be_clone(options, template, self.fork.resume_vm, || self.tell(None))
+        let clone = CloneOf {
+            number: self.number,
+            id: &id,
+            fork: self.fork,
+        };
+        Session::be_clone(options, template, &clone, || self.tell(None))
     }
 
     /// Its console is stdout, and its log stderr, as any VM's.
@@ -412,7 +420,10 @@ impl Clone<'_> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let null = rustix::fs::open("/dev/null", flags, Mode::empty()).map_err(|e| trouble(&e))?;
         rustix::stdio::dup2_stdin(&null).map_err(|e| trouble(&e))?;
-        let open = |path: &Option<PathBuf>| match path.as_deref().map(|path| self.path(path)) {
+        let open = |path: &Option<PathBuf>| match path
+            .as_deref()
+            .map(|path| Fork::path(path, self.number))
+        {
             Some(path) => open_log(&path),
             None => null.try_clone().map_err(|e| trouble(&e)),
         };
@@ -435,19 +446,6 @@ impl Clone<'_> {
         let mut pipe = self.tell;
         // The nursery waits for it.
         let _ = pipe.write_all(format!("{report}\n").as_bytes());
-    }
-
-    fn named(&self, pattern: &str) -> String {
-        pattern.replace(CLONE_NUMBER, &self.number.to_string())
-    }
-
-    fn path(&self, pattern: &Path) -> PathBuf {
-        use std::ffi::OsString;
-        use std::os::unix::ffi::{OsStrExt, OsStringExt};
-        match pattern.to_str() {
-            Some(pattern) => self.named(pattern).into(),
-            None => OsString::from_vec(pattern.as_os_str().as_bytes().to_vec()).into(),
-        }
     }
 }
 

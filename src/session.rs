@@ -9,7 +9,7 @@ use husk_console::{ConsoleEvent, Input, Output, Terminal};
 use husk_loader::Cache;
 use husk_mmds::Mmds;
 use husk_sandbox::{Filters, Kind};
-use husk_vmm::{Console, Counting, Host, Identity, Outcome, Template, Timeline, Vmm};
+use husk_vmm::{CloneOf, Console, Counting, Host, Identity, Outcome, Template, Timeline, Vmm};
 use signal_hook::consts::signal::{
     SIGBUS, SIGHUP, SIGILL, SIGINT, SIGQUIT, SIGSEGV, SIGTERM, SIGXCPU, SIGXFSZ,
 };
@@ -223,12 +223,12 @@ impl Session {
     pub fn be_clone(
         options: Options,
         template: Template,
-        resume: bool,
+        clone: &CloneOf<'_>,
         ready: impl FnOnce(),
     ) -> Result<u8, Failure> {
         let timeline = Arc::new(Timeline::new(options.start));
         let (mut session, _ears, api) = Self::new(options, &timeline)?;
-        session.vmm.be_clone(template, resume)?;
+        session.vmm.be_clone(template, clone)?;
         ready();
         let result = session.until_over();
         if let Some(api) = api {

@@ -6,7 +6,9 @@ use crate::run::{ANONYMOUS, filters, identity};
 use crate::session::{First, Options, Session};
 use crate::socket::ApiSocket;
 use crate::{Failure, print};
-use husk_config::{Fork, LoadSnapshot, MemBackend, MemBackendType};
+use husk_config::{
+    DriveOverride, Fork, LoadSnapshot, MemBackend, MemBackendType, NetworkOverride, VsockOverride,
+};
 use husk_snapshot::{MEMORY, STATE};
 use serde_json::{Value, json};
 use std::os::unix::fs::DirBuilderExt;
@@ -100,6 +102,22 @@ pub fn fork(arguments: &ForkArgs) -> Result<u8, Failure> {
         let absolute = path.as_deref().map(std::path::absolute).transpose();
         absolute.map_err(|e| Failure::usage(e.to_string()))
     };
+    let net = |(id, tap): &(String, String)| NetworkOverride {
+        iface_id: id.clone(),
+        host_dev_name: Some(tap.clone()),
+        guest_mac: None,
+    };
+    let drives = arguments.disks.iter().map(|(id, path)| {
+        let path_on_host = std::path::absolute(path).map_err(|e| Failure::usage(e.to_string()))?;
+        Ok::<_, Failure>(DriveOverride {
+            drive_id: id.clone(),
+            path_on_host,
+        })
+    });
+    let vsock = VsockOverride {
+        uds_path: absolute(&arguments.vsock)?,
+        guest_cid: arguments.cid,
+    };
     let fork = Fork {
         count: arguments.count,
         template: arguments.template.clone(),
@@ -109,6 +127,9 @@ pub fn fork(arguments: &ForkArgs) -> Result<u8, Failure> {
         console: absolute(&arguments.console)?,
         log: absolute(&arguments.clone_log)?,
         api_sock: absolute(&arguments.clone_sock)?,
+        network_overrides: arguments.nets.iter().map(net).collect(),
+        drive_overrides: drives.collect::<Result<_, _>>()?,
+        vsock_override: (arguments.vsock.is_some() || arguments.cid.is_some()).then_some(vsock),
     };
     fork.validate().map_err(|e| Failure::usage(e.to_string()))?;
     let body = json!(fork).to_string();
@@ -133,6 +154,7 @@ pub fn restore(arguments: &RestoreArgs, start: Instant) -> Result<u8, Failure> {
         huge_pages: None,
         record_working_set: working_set(arguments.record_working_set),
         prefetch: working_set(arguments.prefetch),
+        ..LoadSnapshot::default()
     };
     let socket = |path: &PathBuf| ApiSocket {
         path: path.clone(),

@@ -55,6 +55,16 @@ pub enum Error {
     /// A device cannot be as it is configured.
     #[error("the device {0} {1}")]
     Device(String, String),
+    /// A snapshot's device is to be another, and there is none of that name.
+    #[error("the snapshot has no {what} called {id}; it has: {known}")]
+    NotInSnapshot {
+        /// The kind of device.
+        what: &'static str,
+        /// The name.
+        id: String,
+        /// The names that there are.
+        known: String,
+    },
     /// There is no such device.
     #[error("there is no device called {0}")]
     NoDevice(String),
@@ -72,6 +82,11 @@ pub enum Error {
         "several clones cannot have the same {0}; write {{n}} where the number of each is to stand"
     )]
     ClonesAlike(&'static str),
+    /// Two VMs cannot have one tap.
+    #[error(
+        "the network interface {0} needs a tap device of its own in each clone: name it in network_overrides (or --net)"
+    )]
+    CloneWithoutTap(String),
     /// Not a size.
     #[error("{0:?} is not a memory size; write for example 512M or 2G (a bare number is MiB)")]
     Size(String),

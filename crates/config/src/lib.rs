@@ -10,9 +10,11 @@
 mod cpu;
 mod devices;
 mod error;
+mod fork;
 mod logging;
 mod machine;
 mod mmds;
+mod overrides;
 mod request;
 mod size;
 
@@ -25,13 +27,14 @@ pub use devices::{
     RateLimiter, Serial, TokenBucket, UserNetwork, Vsock,
 };
 pub use error::Error;
+pub use fork::{CLONE_NUMBER, Fork, MAX_CLONES};
 pub use logging::{LogLevel, Logger, Metrics};
 pub use machine::HugePages;
 pub use mmds::{MmdsConfig, MmdsVersion};
+pub use overrides::{DriveOverride, NetworkOverride, VsockOverride};
 pub use request::{
-    Answer, CLONE_NUMBER, CreateSnapshot, DeviceUpdate, Event, Fork, Hinting, LoadSnapshot,
-    MAX_CLONES, MachineConfigUpdate, MemBackend, MemBackendType, NewDevice, Part, Query,
-    SnapshotType, VmmRequest,
+    Answer, CreateSnapshot, DeviceUpdate, Event, Hinting, LoadSnapshot, MachineConfigUpdate,
+    MemBackend, MemBackendType, NewDevice, Part, Query, SnapshotType, VmmRequest,
 };
 pub use size::parse_mib;
 

@@ -1,8 +1,9 @@
 //! What may be asked of the monitor, and what it answers.
 
 use crate::{
-    Balloon, BootSource, CpuConfig, CpuTemplate, Drive, Entropy, Error, HugePages, Logger,
-    MachineConfig, Metrics, MmdsConfig, NetworkInterface, RateLimiter, Serial, VmConfig, Vsock,
+    Balloon, BootSource, CpuConfig, CpuTemplate, Drive, DriveOverride, Entropy, Error, Fork,
+    HugePages, Logger, MachineConfig, Metrics, MmdsConfig, NetworkInterface, NetworkOverride,
+    RateLimiter, Serial, VmConfig, Vsock, VsockOverride,
 };
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -53,100 +54,6 @@ pub enum VmmRequest {
     Stop,
 }
 
-/// Most clones of one request.
-pub const MAX_CLONES: u32 = 10_000;
-
-/// Stands in names and paths of clones for the number of each.
-pub const CLONE_NUMBER: &str = "{n}";
-
-/// Clones that are to be started: VMs that go on from where this one is, each in a process of its own, which share memory with
-/// it until they write to it. Names and paths have `{n}` where each clone's number is to stand: 1, 2 … for the clones of a template.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct Fork {
-    /// 0 to [`MAX_CLONES`]; 0 makes a template only.
-    #[serde(default = "one")]
-    pub count: u32,
-    /// Go on from where the VM was when this template was made, instead of now.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub template: Option<String>,
-    /// Keep the template for further requests; the answer names it.
-    #[serde(default)]
-    pub keep_template: bool,
-    /// The clones run at once; otherwise they are paused, and need an `api_sock`.
-    #[serde(default = "yes")]
-    pub resume_vm: bool,
-    /// Their names. By default this VM's, with the number.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// Files or named pipes for their consoles, appended to; by default what they write is dropped.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub console: Option<PathBuf>,
-    /// Files or named pipes for their log messages, appended to; by default the VM's log file, and where it has none they are dropped.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub log: Option<PathBuf>,
-    /// Sockets on which they are steered; by default there are none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub api_sock: Option<PathBuf>,
-}
-
-fn one() -> u32 {
-    1
-}
-
-fn yes() -> bool {
-    true
-}
-
-impl Default for Fork {
-    fn default() -> Self {
-        Self {
-            count: one(),
-            template: None,
-            keep_template: false,
-            resume_vm: yes(),
-            id: None,
-            console: None,
-            log: None,
-            api_sock: None,
-        }
-    }
-}
-
-impl Fork {
-    /// Of what `serde_json` made of one.
-    pub fn from_value(value: &serde_json::Value) -> Result<Self, serde_json::Error> {
-        Self::deserialize(value)
-    }
-
-    /// What is wrong with it, if anything.
-    pub fn validate(&self) -> Result<(), Error> {
-        if self.count > MAX_CLONES {
-            return Err(Error::Clones(self.count));
-        }
-        if !self.resume_vm && self.api_sock.is_none() {
-            return Err(Error::ClonesUnsteered);
-        }
-        let id = self.id.as_ref().map(PathBuf::from);
-        let named = [
-            ("id", &id),
-            ("console", &self.console),
-            ("log", &self.log),
-            ("api_sock", &self.api_sock),
-        ];
-        for (field, value) in named {
-            if let Some(value) = value
-                && self.count > 1
-                && !value.as_os_str().to_string_lossy().contains(CLONE_NUMBER)
-            {
-                return Err(Error::ClonesAlike(field));
-            }
-        }
-        Ok(())
-    }
-}
-
 /// A snapshot that is to be made.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -173,7 +80,7 @@ pub enum SnapshotType {
 }
 
 /// A snapshot that is to be gone on from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct LoadSnapshot {
@@ -198,6 +105,15 @@ pub struct LoadSnapshot {
     pub record_working_set: Option<PathBuf>,
     /// Such a file: its pages are read ahead of the guest.
     pub prefetch: Option<PathBuf>,
+    /// What network interfaces are connected with, where that is not what it was.
+    #[serde(default)]
+    pub network_overrides: Vec<NetworkOverride>,
+    /// Files of disks, where they are not what they were.
+    #[serde(default)]
+    pub drive_overrides: Vec<DriveOverride>,
+    /// The vsock device's socket, where it is not what it was.
+    #[serde(default)]
+    pub vsock_override: Option<VsockOverride>,
 }
 
 /// Where the memory of a snapshot comes from.

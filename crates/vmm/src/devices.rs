@@ -3,7 +3,7 @@
 mod opened;
 mod saved;
 
-pub use opened::Opened;
+pub use opened::{Disk, Opened};
 pub use saved::State;
 
 use crate::error::Error;

@@ -141,6 +141,16 @@ pub enum Error {
     /// A snapshot's files.
     #[error(transparent)]
     Snapshot(#[from] husk_snapshot::Error),
+    /// No copy of a disk for clones.
+    #[error(
+        "the disk {0} cannot be copied for clones: give them disks of their own (drive_overrides)"
+    )]
+    CopyDisk(String, #[source] std::io::Error),
+    /// The template was made for clones with a disk of their own.
+    #[error(
+        "the template has no copy of the disk {0}: it was made for clones with disks of their own (drive_overrides)"
+    )]
+    NoCopy(String),
     /// The guest runs.
     #[error("a snapshot is made of a guest that is paused: pause it first")]
     NotPaused,
@@ -255,6 +265,8 @@ impl Error {
             | Error::NoSnapshot(_)
             | Error::Unsupported(_)
             | Error::NotPaused
+            | Error::CopyDisk(..)
+            | Error::NoCopy(_)
             | Error::NotTracked
             | Error::SharedDiff
             | Error::Snapshot(_)

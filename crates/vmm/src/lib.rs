@@ -19,6 +19,7 @@ mod processor;
 mod snapshot;
 mod spin;
 mod standby;
+mod template;
 mod timeline;
 mod vcpu;
 mod view;
@@ -29,14 +30,15 @@ pub use error::{Error, chain};
 pub use footprint::{forget_code, share_heap};
 pub use host::{Console, Host, Identity, OpenOutput, Watch};
 pub use lifecycle::{Outcome, Wake};
-pub use snapshot::{SNAPSHOT_VERSION, Template, describe_snapshot, snapshot_version};
+pub use snapshot::{SNAPSHOT_VERSION, describe_snapshot, snapshot_version};
 pub use spin::spin_for;
+pub use template::{CloneOf, Template};
 pub use timeline::{Cost, Counting, Phase, Reached, Timeline};
 pub use vcpu::{ExitCounts, install_kick_handler};
 
 use devices::Opened;
 use husk_config::{
-    Answer, Event, LoadSnapshot, NewDevice, Part, SnapshotType, VmConfig, VmmRequest,
+    Answer, Event, Fork, LoadSnapshot, NewDevice, Part, SnapshotType, VmConfig, VmmRequest,
 };
 use husk_loader::Kernel;
 use husk_metrics::METRICS;
@@ -231,7 +233,8 @@ impl Vmm {
 
     /// Go on from a snapshot.
     fn load(&mut self, load: &LoadSnapshot) -> Result<(), Error> {
-        let saved = snapshot::Saved::open(load)?;
+        let mut saved = snapshot::Saved::open(load)?;
+        load.apply_overrides(&mut saved.config)?;
         self.go_on(saved, load.resume_vm)?;
         self.recording = load.record_working_set.clone().map(Recording::new);
         if load.resume_vm {
@@ -240,30 +243,29 @@ impl Vmm {
         Ok(())
     }
 
-    /// Freeze the VM as it is: clones of it can go on from there. It runs on if it ran, and its memory is a view of the template's.
-    pub fn freeze(&mut self) -> Result<Template, Error> {
-        match &mut self.state {
-            State::Paused(vm) => vm.freeze(&self.config),
+    /// Freeze the VM as it is: clones of it, as `fork` wants them, can go on from there. It runs on if it ran, and its memory is a view of
+    /// the template's.
+    pub fn freeze(&mut self, fork: &Fork) -> Result<Template, Error> {
+        let template = match &mut self.state {
+            State::Paused(vm) => vm.freeze(&self.config, fork)?,
             State::Running(vm) => {
                 vm.pause()?;
-                let template = vm.freeze(&self.config);
+                let template = vm.freeze(&self.config, fork);
                 vm.resume();
-                template
+                template?
             }
-            State::Configuring | State::Built(_) => Err(Error::BeforeBoot),
-        }
+            State::Configuring | State::Built(_) => return Err(Error::BeforeBoot),
+        };
+        Ok(template.with_metadata(self.host.mmds.get()))
     }
 
     /// Be a clone that goes on from `template`.
-    pub fn be_clone(&mut self, template: Template, resume: bool) -> Result<(), Error> {
-        let mut saved = template.into_saved();
-        // What is written there is the other VM's.
-        let config = &mut saved.config;
-        (config.logger, config.metrics) = (None, None);
-        if let Some(serial) = &mut config.serial {
-            serial.serial_out_path = None;
+    pub fn be_clone(&mut self, template: Template, clone: &CloneOf<'_>) -> Result<(), Error> {
+        let (saved, metadata) = template.for_clone(clone, &mut self.prepared.devices)?;
+        if !metadata.is_null() {
+            self.host.mmds.put(metadata)?;
         }
-        self.go_on(saved, resume)
+        self.go_on(saved, clone.fork.resume_vm)
     }
 
     /// The VM is what was saved.

@@ -129,35 +129,26 @@ enum Source {
     Handler(PathBuf),
 }
 
-/// What clones of a VM go on from: its state, and its memory, which they share until they write to it.
-pub struct Template(Saved);
-
-impl Template {
-    pub(crate) fn new(snapshot: Snapshot, config: VmConfig, memory: File) -> Self {
-        Self(Saved {
+impl Saved {
+    /// What a VM of this host is, with its memory in a file that stays as it is.
+    pub fn of_template(snapshot: Snapshot, config: VmConfig, memory: File) -> Self {
+        Self {
             snapshot,
             config,
             memory: Source::File(memory),
             clock_realtime: false,
             is_of_this_host: true,
-        })
-    }
-
-    /// The descriptor that a process needs for it.
-    pub fn descriptor(&self) -> RawFd {
-        match &self.0.memory {
-            Source::File(file) | Source::Copied(file) => file.as_raw_fd(),
-            // A template has a file.
-            Source::Handler(_) => -1,
         }
     }
 
-    pub(crate) fn into_saved(self) -> Saved {
-        self.0
+    /// The memory file's.
+    pub fn descriptor(&self) -> Option<RawFd> {
+        match &self.memory {
+            Source::File(file) | Source::Copied(file) => Some(file.as_raw_fd()),
+            Source::Handler(_) => None,
+        }
     }
-}
 
-impl Saved {
     /// Open the files of a snapshot, and see that they belong together. What is to be read ahead, is from now on.
     pub fn open(load: &LoadSnapshot) -> Result<Self, Error> {
         let (kind, memory) = load.memory().map_err(Error::Unsupported)?;

@@ -11,16 +11,19 @@ use crate::load::load;
 use crate::memory::GuestMemory;
 use crate::platform::{Platform, hotplug_slots, platform};
 use crate::processor::Processor;
-use crate::snapshot::{self, PlatformState, Saved, Snapshot, Template};
+use crate::snapshot::{self, PlatformState, Saved, Snapshot};
 use crate::spin::spin_for;
 use crate::standby::Wanted;
+use crate::template::Template;
 use crate::timeline::{Phase, Timeline};
 use crate::vcpu::{self, Shared, VcpuThread};
 use husk_arch::acpi::{self, AcpiConfig, MmioSlot};
 use husk_arch::boot::BootState;
 use husk_arch::memory_map::Range;
 use husk_arch::{layout, mptable};
-use husk_config::{CreateSnapshot, DeviceUpdate, HugePages, MachineConfig, NewDevice, VmConfig};
+use husk_config::{
+    CreateSnapshot, DeviceUpdate, Fork, HugePages, MachineConfig, NewDevice, VmConfig,
+};
 use husk_devices::boot_timer;
 use husk_kvm::{Kvm, Passed, Vcpu, VcpuState, VmState};
 use husk_loader::Kernel;
@@ -288,7 +291,7 @@ impl Vm {
     }
 
     /// Make a VM that is paused a template for clones. Its own memory is a view of the same from now on.
-    pub fn freeze(&mut self, config: &VmConfig) -> Result<Template, Error> {
+    pub fn freeze(&mut self, config: &VmConfig, fork: &Fork) -> Result<Template, Error> {
         if config.machine_config.huge_pages == HugePages::TwoMiB {
             return Err(Error::Unsupported("a fork of a VM with huge_pages 2M"));
         }
@@ -301,8 +304,10 @@ impl Vm {
         let (size, vm) = (self.memory.size(), self.kvm.state()?);
         let own = (&self.platform, &self.devices);
         let snapshot = Snapshot::new(config, (size, Lineage::default()), vm, vcpus, own)?;
+        // This may fail for want of room: before memory is moved.
+        let disks = Template::copy_disks(config, fork)?;
         let memory = self.memory.freeze()?;
-        Ok(Template::new(snapshot, config.clone(), memory))
+        Ok(Template::new(snapshot, config.clone(), memory, disks))
     }
 
     /// Keep a VM that is paused, in two files. An error changes nothing for the next time.

@@ -313,7 +313,7 @@ pub const ROUTES: &[Route] = &[
             "Start clones: VMs that go on from where this one is, each in a process of its own. The guest stands still for a moment",
             AfterBoot,
             schema::<Fork>,
-            r#"{"count":2,"template":"1","keep_template":true,"resume_vm":true,"id":"web-{n}","console":"/out-{n}","log":"/log-{n}","api_sock":"/s-{n}"}"#,
+            r#"{"count":2,"template":"1","keep_template":true,"resume_vm":true,"id":"web-{n}","console":"/out-{n}","log":"/log-{n}","api_sock":"/s-{n}","network_overrides":[{"iface_id":"x","host_dev_name":"tap-{n}","guest_mac":"02:00:00:00:00:0{n}"}],"drive_overrides":[{"drive_id":"x","path_on_host":"/d-{n}"}],"vsock_override":{"uds_path":"/v-{n}","guest_cid":3}}"#,
         )
     },
     bare(

@@ -7,6 +7,7 @@
 //! **Architecture Invariant:** `unsafe` is in `io` only. Nothing here interprets what is in the file: images are raw.
 
 mod bounce;
+mod copy;
 mod disk;
 mod engine;
 mod io;
@@ -18,6 +19,7 @@ mod tests;
 
 use crate::rate_limiter::{self, RateLimiter};
 use bounce::Bounce;
+pub use copy::copy_image;
 use disk::{Access, Disk};
 use engine::Engine;
 use husk_config::{DeviceUpdate, Drive};
@@ -198,6 +200,15 @@ impl Block {
         if overlay.capacity() != disk.capacity {
             return Err(Error::ForeignOverlay(path.into()));
         }
+        Self::with(drive, BASE, disk, Some(overlay))
+    }
+
+    /// As [`Block::new`] of a drive with an overlay, over `base`, which is open already, and which others read and nobody writes to.
+    pub fn over(drive: &Drive, base: File) -> Result<Self, Error> {
+        let path = drive.path();
+        let disk = Disk::of(base, path, BASE, None)?.0;
+        let own = drive.overlay.clone().unwrap_or_default();
+        let overlay = overlay::create(&own, path, disk.capacity)?;
         Self::with(drive, BASE, disk, Some(overlay))
     }
 

@@ -299,13 +299,13 @@ pub(super) fn create(
 }
 
 /// Where large files go for a while.
-fn usual_directory() -> PathBuf {
+pub(super) fn usual_directory() -> PathBuf {
     std::env::var_os("TMPDIR")
         .filter(|directory| !directory.is_empty())
         .map_or_else(|| "/var/tmp".into(), PathBuf::from)
 }
 
-fn unnamed(directory: &Path) -> IoResult<File> {
+pub(super) fn unnamed(directory: &Path) -> IoResult<File> {
     let mode = Mode::RUSR | Mode::WUSR;
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     match rustix::fs::open(directory, flags | OFlags::TMPFILE, mode) {
