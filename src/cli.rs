@@ -430,6 +430,22 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "SOCKET", conflicts_with_all = ["record_working_set", "prefetch"])]
     pub uffd: Option<PathBuf>,
 
+    /// Another file for a disk, not smaller than the one before; again for more disks
+    #[arg(long = "disk", value_name = "ID=PATH", value_parser = named)]
+    pub disks: Vec<(String, String)>,
+
+    /// Another tap device for a network interface; again for more
+    #[arg(long = "net", value_name = "ID=TAP", value_parser = named)]
+    pub nets: Vec<(String, String)>,
+
+    /// Another Unix socket for the vsock device
+    #[arg(long, value_name = "PATH")]
+    pub vsock: Option<PathBuf>,
+
+    /// Another context ID for the vsock device
+    #[arg(long, value_name = "N")]
+    pub cid: Option<u32>,
+
     /// Let the VM be steered over a Unix socket
     #[arg(long, value_name = "PATH")]
     pub api_sock: Option<PathBuf>,
@@ -728,6 +744,7 @@ Examples:
   husk restore kept                         as often as you like, and at the same time
   husk snapshot --diff -s /tmp/vm.sock change    what has changed since; of a VM with track_dirty_pages
   husk snapshot merge kept change
+  husk restore kept --disk data=copy.img --net eth0=tap1 --vsock /tmp/v1 --cid 4
 
 Exit status of `husk snapshot`: 0, or 1 when the VM refuses or nobody answers; of `husk restore`: as of `husk run`.";
 

@@ -102,22 +102,10 @@ pub fn fork(arguments: &ForkArgs) -> Result<u8, Failure> {
         let absolute = path.as_deref().map(std::path::absolute).transpose();
         absolute.map_err(|e| Failure::usage(e.to_string()))
     };
-    let net = |(id, tap): &(String, String)| NetworkOverride {
-        iface_id: id.clone(),
-        host_dev_name: Some(tap.clone()),
-        guest_mac: None,
-    };
-    let drives = arguments.disks.iter().map(|(id, path)| {
-        let path_on_host = std::path::absolute(path).map_err(|e| Failure::usage(e.to_string()))?;
-        Ok::<_, Failure>(DriveOverride {
-            drive_id: id.clone(),
-            path_on_host,
-        })
-    });
-    let vsock = VsockOverride {
-        uds_path: absolute(&arguments.vsock)?,
-        guest_cid: arguments.cid,
-    };
+    let mut drive_overrides: Vec<_> = arguments.disks.iter().map(disk).collect();
+    for own in &mut drive_overrides {
+        own.path_on_host = absolute(&Some(own.path_on_host.clone()))?.unwrap_or_default();
+    }
     let fork = Fork {
         count: arguments.count,
         template: arguments.template.clone(),
@@ -127,15 +115,38 @@ pub fn fork(arguments: &ForkArgs) -> Result<u8, Failure> {
         console: absolute(&arguments.console)?,
         log: absolute(&arguments.clone_log)?,
         api_sock: absolute(&arguments.clone_sock)?,
-        network_overrides: arguments.nets.iter().map(net).collect(),
-        drive_overrides: drives.collect::<Result<_, _>>()?,
-        vsock_override: (arguments.vsock.is_some() || arguments.cid.is_some()).then_some(vsock),
+        network_overrides: arguments.nets.iter().map(tap).collect(),
+        drive_overrides,
+        vsock_override: vsock(absolute(&arguments.vsock)?, arguments.cid),
     };
     fork.validate().map_err(|e| Failure::usage(e.to_string()))?;
     let body = json!(fork).to_string();
     let answer = send(&arguments.socket.api_sock, "PUT", "/husk/fork", &body)?;
     let status = print_answer(&answer)?;
     Ok(status.max(u8::from(answer.body.contains("\"error\""))))
+}
+
+fn disk((id, path): &(String, String)) -> DriveOverride {
+    DriveOverride {
+        drive_id: id.clone(),
+        path_on_host: path.into(),
+    }
+}
+
+fn tap((id, name): &(String, String)) -> NetworkOverride {
+    NetworkOverride {
+        iface_id: id.clone(),
+        host_dev_name: Some(name.clone()),
+        guest_mac: None,
+    }
+}
+
+fn vsock(uds_path: Option<PathBuf>, guest_cid: Option<u32>) -> Option<VsockOverride> {
+    let is_other = uds_path.is_some() || guest_cid.is_some();
+    is_other.then_some(VsockOverride {
+        uds_path,
+        guest_cid,
+    })
 }
 
 /// Go on with a VM that was kept, until it ends. The exit status, unless something failed.
@@ -154,7 +165,9 @@ pub fn restore(arguments: &RestoreArgs, start: Instant) -> Result<u8, Failure> {
         huge_pages: None,
         record_working_set: working_set(arguments.record_working_set),
         prefetch: working_set(arguments.prefetch),
-        ..LoadSnapshot::default()
+        network_overrides: arguments.nets.iter().map(tap).collect(),
+        drive_overrides: arguments.disks.iter().map(disk).collect(),
+        vsock_override: vsock(arguments.vsock.clone(), arguments.cid),
     };
     let socket = |path: &PathBuf| ApiSocket {
         path: path.clone(),

@@ -150,7 +150,9 @@ mod tests {
     use super::*;
     use husk_config::{RateLimiter as Limits, TokenBucket};
     use husk_virtio::DeviceThread;
-    use husk_virtio::testing::{Driver, Mmio, Subject, check_device, memory};
+    use husk_virtio::testing::{
+        Driver, Layout, Mmio, Pci, Registers, Subject, check_device, memory,
+    };
 
     fn device(limits: Option<Limits>) -> Box<dyn VirtioDevice> {
         let config = Config {
@@ -177,6 +179,55 @@ mod tests {
             use_again: None,
             eager: &[0],
         });
+    }
+
+    /// Requests that were made available just before the device is saved are answered, once, by the next one.
+    #[test]
+    fn requests_under_way_are_answered_by_the_next_device() {
+        let thread = Arc::new(DeviceThread::start("rng", || ()).unwrap());
+        let mem = memory();
+        type Attach = fn(&Arc<DeviceThread>, &husk_virtio::GuestMemory) -> Box<dyn Registers>;
+        let attaches: [Attach; 2] = [
+            |thread, mem| Box::new(Mmio::new(device(None), thread, mem)),
+            |thread, mem| Box::new(Pci::new(device(None), thread, mem)),
+        ];
+        for attach in attaches {
+            let mut driver = Driver::new(attach(&thread, &mem), mem.clone());
+            driver.start(u64::MAX, 16);
+            for round in 0..200 {
+                let chain = driver.chain(&[], &[64]);
+                driver.queues[0].add(&chain, Layout::Direct, 0);
+                driver.registers.notify(0);
+                driver.registers.suspend();
+                let state = driver.registers.save();
+                let next = attach(&thread, &mem);
+                next.load(state).unwrap();
+                next.resume();
+                driver.registers = next;
+                let until = std::time::Instant::now() + husk_virtio::testing::PATIENCE;
+                while driver.queues[0].take_used().is_none() {
+                    assert!(std::time::Instant::now() < until, "round {round}");
+                    std::thread::yield_now();
+                }
+                assert!(driver.queues[0].take_used().is_none());
+                // And those that come later, with an interrupt each.
+                driver.registers.take_interrupt();
+                for _ in 0..3 {
+                    let chain = driver.chain(&[], &[64]);
+                    driver.queues[0].add(&chain, Layout::Direct, 0);
+                    driver.registers.notify(0);
+                    let until = std::time::Instant::now() + husk_virtio::testing::PATIENCE;
+                    while !driver.registers.take_interrupt() {
+                        assert!(
+                            std::time::Instant::now() < until,
+                            "round {round}: no interrupt"
+                        );
+                        std::thread::yield_now();
+                    }
+                    assert!(driver.queues[0].take_used().is_some());
+                }
+            }
+        }
     }
 
     #[test]

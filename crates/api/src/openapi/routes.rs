@@ -511,7 +511,7 @@ pub const ROUTES: &[Route] = &[
     change(
         "PUT",
         "/snapshot/create",
-        "Keep all of a VM that is paused. Of VMs without devices, for now",
+        "Keep all of a VM that is paused",
         AfterBoot,
         schema::<CreateSnapshot>,
         r#"{"snapshot_path":"/s","mem_file_path":"/m","snapshot_type":"Full"}"#,
@@ -522,7 +522,7 @@ pub const ROUTES: &[Route] = &[
         "Go on from a snapshot. When this fails, the process ends",
         BeforeBoot,
         schema::<LoadSnapshot>,
-        r#"{"snapshot_path":"/s","mem_backend":{"backend_type":"File","backend_path":"/m"},"mem_file_path":"/m","track_dirty_pages":true,"resume_vm":true,"huge_pages":"2M","record_working_set":"/w","prefetch":"/w"}"#,
+        r#"{"snapshot_path":"/s","mem_backend":{"backend_type":"File","backend_path":"/m"},"mem_file_path":"/m","track_dirty_pages":true,"resume_vm":true,"huge_pages":"2M","record_working_set":"/w","prefetch":"/w","network_overrides":[{"iface_id":"x","host_dev_name":"tap1","guest_mac":"02:00:00:00:00:01"}],"drive_overrides":[{"drive_id":"x","path_on_host":"/p"}],"vsock_override":{"uds_path":"/v","guest_cid":4}}"#,
     ),
     change(
         "PUT",
