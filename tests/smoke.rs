@@ -25,6 +25,8 @@ mod identity;
 mod machine;
 #[path = "smoke/metrics.rs"]
 mod metrics;
+#[path = "smoke/overlays.rs"]
+mod overlays;
 #[path = "smoke/seccomp.rs"]
 mod seccomp;
 #[path = "smoke/served.rs"]

@@ -103,3 +103,27 @@ fn a_device_with_large_sectors_is_presented_so_where_the_page_cache_does_not_hid
         assert!(data == pattern(16 * 512, 8192));
     }
 }
+
+#[test]
+fn a_block_device_under_an_overlay_stays_as_it_is() {
+    for engine in ENGINES {
+        let (device, overlays) = (Loop::new(512), folder());
+        let guest = &mut Guest::new(|drive| {
+            drive.path_on_host = Some(device.device.clone());
+            drive.io_engine = Some(engine);
+            drive.overlay = Some(husk_config::Overlay {
+                directory: Some(overlays.path().into()),
+            });
+        });
+        assert_eq!(guest.capacity(), SECTORS);
+        guest.write(5, &[1; 8192]);
+        for (kind, sector) in [(VIRTIO_BLK_T_WRITE_ZEROES, 64), (VIRTIO_BLK_T_DISCARD, 0)] {
+            let part = segment(sector, 128, 0);
+            assert_eq!(guest.request(kind, 0, &part, 0).0, OK);
+        }
+        assert!(guest.read(64, 65536) == [0; 65536]);
+        assert!(guest.read(200, 4096) == pattern(200 * 512, 4096));
+        let file = std::fs::read(&device.file).unwrap();
+        assert!(file == pattern(0, SIZE as usize));
+    }
+}

@@ -1,5 +1,6 @@
 //! Disks whose file stays as it is.
 
+use super::requests::segment;
 use super::*;
 use crate::block::{CLUSTER, Error, Overlay};
 use std::fs::File;
@@ -67,15 +68,6 @@ impl Overlaid {
 
 fn ranges(ends: &[(u64, u64)]) -> Vec<Range<u64>> {
     ends.iter().map(|&(start, end)| start..end).collect()
-}
-
-fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
-    let parts = [
-        &sector.to_le_bytes()[..],
-        &sectors.to_le_bytes(),
-        &flags.to_le_bytes(),
-    ];
-    parts.concat()
 }
 
 /// xorshift64*.
