@@ -10,6 +10,9 @@ mod help;
 #[path = "devices/host.rs"]
 mod host;
 
+#[path = "snapshots/forks.rs"]
+mod forks;
+
 use common::guest::{Guest, Kernel, LIMIT};
 use common::pages::{self, Answer, Pages};
 use common::{Vm, husk, temp_dir, text};

@@ -1,0 +1,120 @@
+//! Clones of Linux guests: each proves that it is somebody, and that nobody else writes where it does.
+
+use crate::common::guest::{Kernel, LIMIT};
+use crate::common::{Vm, temp_dir, text};
+use crate::help::{guest, words};
+use crate::host::{Tap, make_image};
+use husk_api::client;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Instant;
+
+/// Waits until it is another VM than it was. Then it says its random number, context ID and what it finds on its disk and in its memory,
+/// and writes its number there; a while later, it says what is there then.
+const SCRIPT: &str = "
+mount -t tmpfs none /tmp
+echo nobody >/tmp/mine
+echo nobody | dd of=/dev/vda bs=512 conv=sync,fsync 2>/dev/null
+echo waits
+while ! dmesg | grep -q 'virtual machine fork'; do
+	read -t 1 -r line && [ \"$line\" = end ] && break
+done
+who=$(head -c 16 /dev/urandom | md5sum | cut -c1-32)
+disk() { dd if=/dev/vda bs=512 count=1 iflag=direct 2>/dev/null | head -n 1; }
+found=\"$(cat /tmp/mine) $(disk)\"
+echo $who >/tmp/mine
+echo $who | dd of=/dev/vda bs=512 conv=sync,fsync 2>/dev/null
+sleep 2
+echo \"I am $who cid $(tool cid) found $found have $(cat /tmp/mine) $(disk)\"
+MORE
+poweroff -f
+";
+
+struct Clones {
+    vm: Vm,
+    dir: tempfile::TempDir,
+    answer: Value,
+}
+
+impl Drop for Clones {
+    fn drop(&mut self) {
+        for clone in self.answer["clones"].as_array().into_iter().flatten() {
+            let pid = clone["pid"].as_i64().and_then(|pid| rustix::process::Pid::from_raw(pid as i32));
+            pid.map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL));
+        }
+    }
+}
+
+/// A guest that runs, and clones of it.
+fn forked(kernel: &Kernel, more: &str, flags: &[&str], order: Value) -> Clones {
+    let dir = temp_dir();
+    let (image, socket) = (dir.path().join("image"), dir.path().join("api"));
+    make_image(&image, 16 << 20);
+    let guest = guest(kernel, &SCRIPT.replace("MORE", more));
+    let vsock = format!("cid=10,uds={}", dir.path().join("vsock").display());
+    let memory = format!("{}M", kernel.least_mib);
+    let own = ["--disk", text(&image), "--vsock", &vsock, "--memory", &memory, "--api-sock", text(&socket)];
+    let vm = guest.start(&words("--cmdline quiet --entropy", &[&own, flags].concat()));
+    vm.expect("waits\n");
+    let mut order = order;
+    order["console"] = json!(dir.path().join("console-{n}"));
+    order["log"] = json!(dir.path().join("log-{n}"));
+    let response = client::request(&socket, "PUT", "/husk/fork", &order.to_string());
+    let response = response.unwrap_or_else(|e| panic!("{e}\n{}", vm.report()));
+    assert_eq!(response.status, 200, "{}\n{}", response.body, vm.report());
+    let answer = serde_json::from_str(&response.body).unwrap();
+    Clones { vm, dir, answer }
+}
+
+/// What clone `n` said: `I am` and all behind it.
+fn said(clones: &Clones, n: usize) -> Vec<String> {
+    let until = Instant::now() + LIMIT;
+    let read = |name: &str| {
+        let path = clones.dir.path().join(format!("{name}-{n}"));
+        std::fs::read_to_string(path).unwrap_or_default()
+    };
+    loop {
+        let console = read("console");
+        let line = console.lines().find(|line| line.starts_with("I am "));
+        if let Some(line) = line.filter(|_| console.ends_with('\n')) {
+            return line.split(' ').map(str::to_owned).collect();
+        }
+        assert!(Instant::now() < until, "clone {n}: {console}\n{}\n{}", read("log"), clones.vm.report());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+fn check(clones: Clones, count: usize) {
+    assert_eq!(clones.answer["clones"].as_array().unwrap().len(), count);
+    let mut all = BTreeSet::new();
+    for n in 1..=count {
+        let words = said(&clones, n);
+        let [_, _, who, _, cid, _, memory, disk, _, my_memory, my_disk, ..] = &words[..] else {
+            panic!("{words:?}");
+        };
+        assert_eq!(*cid, (10 + n).to_string(), "{words:?}");
+        assert_eq!((memory.as_str(), disk.as_str()), ("nobody", "nobody"), "{words:?}");
+        assert_eq!((my_memory, my_disk), (who, who), "{words:?}");
+        assert!(all.insert(who.clone()), "two clones have the same random numbers: {words:?}");
+    }
+    // The VM was not forked, as far as its guest knows.
+    let Clones { mut vm, dir, .. } = replace(clones);
+    vm.send(b"end\n");
+    vm.expect("cid 10 found nobody nobody have ");
+    let image = std::fs::read(dir.path().join("image")).unwrap();
+    let console = vm.finish().expect_status(0).console();
+    let own = console.split("I am ").nth(1).unwrap().split(' ').next().unwrap();
+    assert!(image.starts_with(own.as_bytes()), "the VM's own disk");
+}
+
+/// The parts, without ending the clones, which have ended by themselves.
+fn replace(mut clones: Clones) -> Clones {
+    clones.answer = Value::Null;
+    clones
+}
+
+#[test]
+fn a_hundred_clones_are_somebody_each() {
+    check(forked(&Kernel::minimal(), "", &[], json!({ "count": 100 })), 100);
+}
