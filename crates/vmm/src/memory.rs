@@ -341,6 +341,16 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Be sure that the page at `address` is there: who touches it then waits for nobody. For the main thread, before it does.
+    pub fn fetch(&self, address: u64) -> Result<(), Error> {
+        let page = Range {
+            start: address & !(PAGE - 1),
+            size: PAGE,
+        };
+        let handler = self.handler();
+        handler.map_or(Ok(()), |handler| handler.fetch(&self.memory, vec![page]))
+    }
+
     /// Who fills memory when it is touched.
     pub fn handler(&self) -> Option<&PageHandler> {
         self.handler.get()
@@ -403,7 +413,8 @@ impl GuestMemory {
     ) -> Result<(), E> {
         let pagemap = File::open("/proc/self/pagemap").map_err(Error::Pagemap)?;
         if let Some(handler) = self.handler() {
-            handler.fetch(&self.memory, &self.slots)?;
+            let all = self.slots.iter().map(|(range, _)| *range);
+            handler.fetch(&self.memory, all.collect())?;
         }
         let mut buffer = Buffer::new();
         let mut before = 0;

@@ -375,6 +375,7 @@ impl Vm {
         self.kvm.restore(state, passed)?;
         platform.restore(&mut self.platform);
         if let Some(address) = self.platform.generation_id {
+            self.memory.fetch(address)?;
             generation::renew(&self.memory, address)?;
             self.platform.power.notify_generation();
         }

@@ -142,8 +142,8 @@ impl PageHandler {
         }
     }
 
-    /// Wait until all pages of `slots` are there.
-    pub fn fetch(&self, memory: &GuestMemoryMmap, slots: &[(Range, u64)]) -> Result<(), Error> {
+    /// Wait until all pages of `ranges` are there.
+    pub fn fetch(&self, memory: &GuestMemoryMmap, ranges: Vec<Range>) -> Result<(), Error> {
         let mut fetch = lock(&self.fetch);
         if fetch.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return Err(self.no_answer());
@@ -152,7 +152,7 @@ impl PageHandler {
         let fetched = Arc::new(AtomicU64::new(0));
         let fetcher = Fetcher {
             memory: memory.clone(),
-            ranges: slots.iter().map(|(range, _)| *range).collect(),
+            ranges,
             fetched: Arc::clone(&fetched),
             quit: Arc::clone(&self.quit),
             done,
@@ -216,7 +216,7 @@ struct Fetcher {
 impl Fetcher {
     fn run(self) {
         for range in &self.ranges {
-            for page in 0..range.size / super::PAGE {
+            for page in 0..range.size.div_ceil(super::PAGE) {
                 if self.quit.load(Ordering::Acquire) {
                     return;
                 }
