@@ -40,7 +40,9 @@ struct Clones {
 impl Drop for Clones {
     fn drop(&mut self) {
         for clone in self.answer["clones"].as_array().into_iter().flatten() {
-            let pid = clone["pid"].as_i64().and_then(|pid| rustix::process::Pid::from_raw(pid as i32));
+            let pid = clone["pid"]
+                .as_i64()
+                .and_then(|pid| rustix::process::Pid::from_raw(pid as i32));
             pid.map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL));
         }
     }
@@ -54,7 +56,16 @@ fn forked(kernel: &Kernel, more: &str, flags: &[&str], order: Value) -> Clones {
     let guest = guest(kernel, &SCRIPT.replace("MORE", more));
     let vsock = format!("cid=10,uds={}", dir.path().join("vsock").display());
     let memory = format!("{}M", kernel.least_mib);
-    let own = ["--disk", text(&image), "--vsock", &vsock, "--memory", &memory, "--api-sock", text(&socket)];
+    let own = [
+        "--disk",
+        text(&image),
+        "--vsock",
+        &vsock,
+        "--memory",
+        &memory,
+        "--api-sock",
+        text(&socket),
+    ];
     let vm = guest.start(&words("--cmdline quiet --entropy", &[&own, flags].concat()));
     vm.expect("waits\n");
     let mut order = order;
@@ -80,7 +91,12 @@ fn said(clones: &Clones, n: usize) -> Vec<String> {
         if let Some(line) = line.filter(|_| console.ends_with('\n')) {
             return line.split(' ').map(str::to_owned).collect();
         }
-        assert!(Instant::now() < until, "clone {n}: {console}\n{}\n{}", read("log"), clones.vm.report());
+        assert!(
+            Instant::now() < until,
+            "clone {n}: {console}\n{}\n{}",
+            read("log"),
+            clones.vm.report()
+        );
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
 }
@@ -90,13 +106,34 @@ fn check(clones: Clones, count: usize) {
     let mut all = BTreeSet::new();
     for n in 1..=count {
         let words = said(&clones, n);
-        let [_, _, who, _, cid, _, memory, disk, _, my_memory, my_disk, ..] = &words[..] else {
+        let [
+            _,
+            _,
+            who,
+            _,
+            cid,
+            _,
+            memory,
+            disk,
+            _,
+            my_memory,
+            my_disk,
+            ..,
+        ] = &words[..]
+        else {
             panic!("{words:?}");
         };
         assert_eq!(*cid, (10 + n).to_string(), "{words:?}");
-        assert_eq!((memory.as_str(), disk.as_str()), ("nobody", "nobody"), "{words:?}");
+        assert_eq!(
+            (memory.as_str(), disk.as_str()),
+            ("nobody", "nobody"),
+            "{words:?}"
+        );
         assert_eq!((my_memory, my_disk), (who, who), "{words:?}");
-        assert!(all.insert(who.clone()), "two clones have the same random numbers: {words:?}");
+        assert!(
+            all.insert(who.clone()),
+            "two clones have the same random numbers: {words:?}"
+        );
     }
     // The VM was not forked, as far as its guest knows.
     let Clones { mut vm, dir, .. } = replace(clones);
@@ -104,7 +141,13 @@ fn check(clones: Clones, count: usize) {
     vm.expect("cid 10 found nobody nobody have ");
     let image = std::fs::read(dir.path().join("image")).unwrap();
     let console = vm.finish().expect_status(0).console();
-    let own = console.split("I am ").nth(1).unwrap().split(' ').next().unwrap();
+    let own = console
+        .split("I am ")
+        .nth(1)
+        .unwrap()
+        .split(' ')
+        .next()
+        .unwrap();
     assert!(image.starts_with(own.as_bytes()), "the VM's own disk");
 }
 
@@ -116,5 +159,8 @@ fn replace(mut clones: Clones) -> Clones {
 
 #[test]
 fn a_hundred_clones_are_somebody_each() {
-    check(forked(&Kernel::minimal(), "", &[], json!({ "count": 100 })), 100);
+    check(
+        forked(&Kernel::minimal(), "", &[], json!({ "count": 100 })),
+        100,
+    );
 }
