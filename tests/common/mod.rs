@@ -134,7 +134,7 @@ pub struct Vm {
     pub stderr: Stream,
     /// From where on [`Vm::expect`] looks.
     seen: usize,
-    until: Instant,
+    pub until: Instant,
 }
 
 /// How a Husk ended.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 const KILLS: u64 = 50;
 
 /// The numbers that a guest has said from some place on: the first that is whole and the last.
-fn numbers(said: &[u8]) -> (u64, u64) {
+pub fn numbers(said: &[u8]) -> (u64, u64) {
     let said = String::from_utf8_lossy(said);
     let lines: Vec<&str> = said.lines().collect();
     let whole = &lines[1..lines.len() - 1];

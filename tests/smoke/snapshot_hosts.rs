@@ -1,8 +1,10 @@
 //! Snapshots of other hosts, which are a real one's, changed: refused before anything of them runs.
 
-use crate::common::{temp_dir, text};
+use crate::LIMIT;
+use crate::common::{Vm, husk, temp_dir, text};
 use crate::snapshots::{command, create, paused};
 use serde_json::Value;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// A state whose checksum is right.
@@ -98,4 +100,78 @@ fn a_snapshot_of_another_host_is_refused_with_what_differs() {
         |s| s["vm"]["ioapic"] = "ff".into(),
         &["I/O APIC is not what this KVM takes"],
     );
+}
+
+/// Vendor, family and model, as the host's kernel tells them.
+fn this_processor() -> [String; 3] {
+    let told = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    ["vendor_id", "cpu family", "model"].map(|name| {
+        let line = told
+            .lines()
+            .find(|line| line.split('\t').next() == Some(name));
+        line.and_then(|line| line.split(": ").nth(1))
+            .unwrap()
+            .to_owned()
+    })
+}
+
+/// Those of the processor on which the snapshots in resources/snapshots were made.
+const MADE_ON: [&str; 3] = ["GenuineIntel", "6", "167"];
+
+/// The state and the memory of each version that there was, as it was written then. The memory is text here: its size, and each
+/// row of 32 bytes that is not zero, with its place.
+#[test]
+fn snapshots_of_all_versions_go_on() {
+    let resources = Path::new(env!("CARGO_MANIFEST_DIR")).join("resources/snapshots");
+    for version in ["version-1-ticks"] {
+        let dir = temp_dir();
+        let state = resources.join(format!("{version}.state"));
+        std::fs::copy(&state, dir.path().join("state")).unwrap();
+        let memory = std::fs::File::create(dir.path().join("memory")).unwrap();
+        let rows = std::fs::read_to_string(resources.join(format!("{version}.memory"))).unwrap();
+        let number = |text: &str| u64::from_str_radix(text, 16).unwrap();
+        let (size, rows) = rows.split_once('\n').unwrap();
+        memory.set_len(number(size)).unwrap();
+        for row in rows.lines() {
+            let (place, bytes) = row.split_once(' ').unwrap();
+            let bytes: Vec<u8> = (0..bytes.len() / 2)
+                .map(|at| number(&bytes[at * 2..at * 2 + 2]) as u8)
+                .collect();
+            memory.write_all_at(&bytes, number(place)).unwrap();
+        }
+        let told = command(&["snapshot", "info", text(dir.path())]);
+        let told = told.expect_status(0).console();
+        assert!(
+            told.contains("1 vCPUs, 64 MiB of memory, booted from ticks"),
+            "{told}"
+        );
+        let vm = Vm::start(husk().args(["restore", text(dir.path())]), LIMIT);
+        let is_refused = |said: &str| {
+            let reasons = [
+                "CPU model",
+                "with a processor of",
+                "TSC runs at",
+                "lacks what",
+            ];
+            reasons.iter().any(|reason| said.contains(reason))
+        };
+        // Whichever comes first.
+        while vm.stdout.bytes().len() < 5000 && !is_refused(&vm.report()) {
+            assert!(std::time::Instant::now() < vm.until, "{}", vm.report());
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        if vm.stdout.bytes().is_empty() {
+            let said = vm.report();
+            assert!(
+                this_processor() != MADE_ON || !said.contains("CPU model"),
+                "{said}"
+            );
+            println!("{version} was described, and refused on this host, as it must be: {said}");
+            continue;
+        }
+        let said = vm.stdout.bytes();
+        let (first, last) = crate::snapshot_crashes::numbers(&said);
+        assert!(first > 1 && last > first + 200, "{first} {last}");
+        println!("{version} was described, and has gone on from {first} to {last}");
+    }
 }

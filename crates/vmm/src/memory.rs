@@ -147,6 +147,8 @@ pub struct GuestMemory {
     copies: bool,
     /// Where files are mapped: guest-physical addresses.
     mapped: Mutex<Vec<Range>>,
+    /// What all of memory is mapped from, ranges one behind the other, if it is one file: its holes are zero.
+    source: Mutex<Option<File>>,
     /// Hears what the monitor writes, where somebody wants to know.
     log: Option<Arc<WriteLog>>,
     /// Who fills memory when it is touched.
@@ -207,6 +209,7 @@ impl GuestMemory {
             slots,
             copies: pages == HugePages::TwoMiB || file.is_some(),
             mapped: Mutex::default(),
+            source: Mutex::default(),
             log: None,
             handler: OnceLock::new(),
             page_size: match pages {
@@ -502,7 +505,10 @@ impl GuestMemory {
         if self.handler().is_some() {
             return Ok(vec![range]);
         }
-        let files = self.lock_mapped().clone();
+        let files = match self.data(range)? {
+            Some(data) => data,
+            None => self.lock_mapped().clone(),
+        };
         touched(pagemap, range, host, &files)
     }
 
@@ -520,6 +526,46 @@ impl GuestMemory {
             before += range.size;
         }
         Ok(runs)
+    }
+
+    /// All of memory is mapped from `file`, which does not change.
+    pub fn set_source(&self, file: &File) {
+        let source = file
+            .try_clone()
+            .inspect_err(|e| log::debug!("a memory file is read as a whole: {e}"));
+        *self.source.lock().unwrap_or_else(PoisonError::into_inner) = source.ok();
+    }
+
+    /// Where the file behind a range has data; None: that is not known. To read a hole would fill it where files are memory.
+    fn data(&self, range: Range) -> Result<Option<Vec<Range>>, Error> {
+        let source = self.source.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(file) = source.as_ref() else {
+            return Ok(None);
+        };
+        let below = self
+            .slots
+            .iter()
+            .take_while(|(slot, _)| slot.start < range.start);
+        let offset: u64 = below.map(|(slot, _)| slot.size).sum();
+        let (mut at, end) = (offset, offset + range.size);
+        let mut data = Vec::new();
+        while at < end {
+            let start = match seek(file, rustix::fs::SeekFrom::Data(at)) {
+                Ok(start) if start < end => start & !(PAGE - 1),
+                Ok(_) | Err(rustix::io::Errno::NXIO) => break,
+                Err(_) => return Ok(None),
+            };
+            let Ok(hole) = seek(file, rustix::fs::SeekFrom::Hole(start)) else {
+                return Ok(None);
+            };
+            let stop = hole.next_multiple_of(PAGE).clamp(start + PAGE, end);
+            data.push(Range {
+                start: range.start + (start - offset),
+                size: stop - start,
+            });
+            at = stop;
+        }
+        Ok(Some(data))
     }
 
     fn lock_mapped(&self) -> MutexGuard<'_, Vec<Range>> {
@@ -566,9 +612,14 @@ impl GuestMemory {
 /// The parts of a range that were touched, and those `files`.
 fn touched(pagemap: &File, range: Range, host: u64, files: &[Range]) -> Result<Vec<Range>, Error> {
     let mut used: Vec<Range> = Vec::new();
+    // In order, as the entries are.
+    let mut files = files.to_vec();
+    files.sort_by_key(|file| file.start);
+    let mut files = files.iter().peekable();
     each_entry(pagemap, range, host, |address, entry| {
-        let in_file = |file: &Range| file.start <= address && address < file.end();
-        if entry & (PRESENT | SWAPPED) == 0 && !files.iter().any(in_file) {
+        while files.next_if(|file| file.end() <= address).is_some() {}
+        let in_file = files.peek().is_some_and(|file| file.start <= address);
+        if entry & (PRESENT | SWAPPED) == 0 && !in_file {
             return;
         }
         match used.last_mut().filter(|last| last.end() == address) {

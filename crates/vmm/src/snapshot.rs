@@ -201,6 +201,9 @@ impl Saved {
             }
             offset += range.size;
         }
+        if let Source::File(file) = &self.memory {
+            memory.set_source(file);
+        }
         Ok(())
     }
 }

@@ -36,6 +36,7 @@ impl GuestMemory {
             offset += range.size;
         }
         *self.lock_mapped() = self.slots().iter().map(|(range, _)| *range).collect();
+        self.set_source(&file);
         Ok(file)
     }
 }
