@@ -15,6 +15,7 @@ const SCRIPT: &str = "
 mount -t tmpfs none /tmp
 echo nobody >/tmp/mine
 echo nobody | dd of=/dev/vda bs=512 conv=sync,fsync 2>/dev/null
+more() { MORE; }
 echo waits
 while ! dmesg | grep -q 'virtual machine fork'; do
 	read -t 1 -r line && [ \"$line\" = end ] && break
@@ -25,8 +26,7 @@ found=\"$(cat /tmp/mine) $(disk)\"
 echo $who >/tmp/mine
 echo $who | dd of=/dev/vda bs=512 conv=sync,fsync 2>/dev/null
 sleep 2
-echo \"I am $who cid $(tool cid) found $found have $(cat /tmp/mine) $(disk)\"
-MORE
+echo \"I am $who $(tool cid) found $found have $(cat /tmp/mine) $(disk)$(more)\"
 poweroff -f
 ";
 
@@ -100,61 +100,38 @@ fn said(clones: &Clones, n: usize) -> Vec<String> {
     }
 }
 
-fn check(mut clones: Clones, count: usize) {
+/// Whether all of them are somebody, and the VM is still who it was; `each` has what a clone said more.
+fn check(mut clones: Clones, count: usize, each: impl Fn(usize, &[String])) {
     assert_eq!(clones.answer["clones"].as_array().unwrap().len(), count);
     let mut all = BTreeSet::new();
     for n in 1..=count {
         let words = said(&clones, n);
-        let [
-            _,
-            _,
-            who,
-            _,
-            cid,
-            _,
-            memory,
-            disk,
-            _,
-            my_memory,
-            my_disk,
-            ..,
-        ] = &words[..]
+        let [_, _, who, _, _, cid, _, memory, disk, _, my_memory, my_disk, more @ ..] = &words[..]
         else {
             panic!("{words:?}");
         };
         assert_eq!(*cid, (10 + n).to_string(), "{words:?}");
-        assert_eq!(
-            (memory.as_str(), disk.as_str()),
-            ("nobody", "nobody"),
-            "{words:?}"
-        );
+        let found = (memory.as_str(), disk.as_str());
+        assert_eq!(found, ("nobody", "nobody"), "{words:?}");
         assert_eq!((my_memory, my_disk), (who, who), "{words:?}");
-        assert!(
-            all.insert(who.clone()),
-            "two clones have the same random numbers: {words:?}"
-        );
+        each(n, more);
+        let is_new = all.insert(who.clone());
+        assert!(is_new, "two clones have the same random numbers: {words:?}");
     }
     // The VM was not forked, as far as its guest knows.
     let Clones { vm, dir, .. } = &mut clones;
     vm.send(b"end\n");
-    vm.expect("cid 10 found nobody nobody have ");
+    vm.expect(" tool: cid 10 found nobody nobody have ");
     let console = vm.stdout.bytes();
     let console = String::from_utf8_lossy(&console);
+    let own = console.split("I am ").nth(1).unwrap();
+    let own = own.split(' ').next().unwrap();
     let image = std::fs::read(dir.path().join("image")).unwrap();
-    let own = console
-        .split("I am ")
-        .nth(1)
-        .unwrap()
-        .split(' ')
-        .next()
-        .unwrap();
     assert!(image.starts_with(own.as_bytes()), "the VM's own disk");
 }
 
 #[test]
 fn a_hundred_clones_are_somebody_each() {
-    check(
-        forked(&Kernel::minimal(), "", &[], json!({ "count": 100 })),
-        100,
-    );
+    let order = json!({ "count": 100 });
+    check(forked(&Kernel::minimal(), ":", &[], order), 100, |_, _| ());
 }
