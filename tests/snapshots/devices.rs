@@ -66,7 +66,7 @@ fn wait_for(socket: &Path, vm: &Vm) {
 
 /// Disks are written all the time, random bytes are read, and memory comes and goes.
 pub fn disks_lose_and_double_nothing(kernel: &Kernel, flags: &[&str]) {
-    const ROUNDS: u64 = 6;
+    const ROUNDS: u64 = 3;
     let images = temp_dir();
     let image = |name: &str| {
         let path = images.path().join(name);
@@ -78,9 +78,9 @@ pub fn disks_lose_and_double_nothing(kernel: &Kernel, flags: &[&str]) {
         format!("{},engine=sync,queues=2", image("b").display()),
     ];
     let script = "
-tool journal /dev/vda 64 6 >/tmp/a &
+tool journal /dev/vda 64 3 >/tmp/a &
 a=$!
-tool journal /dev/vdb 64 3 >/tmp/b &
+tool journal /dev/vdb 64 2 >/tmp/b &
 b=$!
 turn=0
 while :; do
@@ -108,11 +108,10 @@ cat /tmp/a /tmp/b
     let vm = guest.start(&[&words, flags].concat());
     let mut kept = Kept { vm, socket, dir };
     kept.vm.expect("turn 2 with 256");
-    for round in 0..ROUNDS {
+    for _ in 0..ROUNDS {
         kept.goes_on();
         kept = kept.moves(&[]);
         kept.vm.expect(" with 256");
-        eprintln!("round {round}");
     }
     kept.vm.send(b"end\n");
     kept.vm.expect("tool: journal of /dev/vda is whole after ");
@@ -120,7 +119,7 @@ cat /tmp/a /tmp/b
     kept.vm.expect("tool: journal of /dev/vdb is whole after ");
     let second = kept.vm.expect_number();
     eprintln!("{first} and {second} blocks");
-    assert!(first > 100 && second > 100, "{first} and {second} blocks");
+    assert!(first > 30 && second > 30, "{first} and {second} blocks");
     let ended = kept.vm.finish();
     ended.expect_status(0);
     assert_eq!(ended.stderr, "");
