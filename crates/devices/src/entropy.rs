@@ -29,8 +29,6 @@ pub struct Entropy {
 impl Entropy {
     /// Fails only when the host has no more descriptors.
     pub fn new(config: &Config) -> Result<Self, rate_limiter::Error> {
-        // The first call looks for how to get them, which the I/O thread's filter does not allow. One that fails is told by the next.
-        let _ = getrandom::fill(&mut [0]);
         Ok(Self {
             config: ConfigSpace::new(Vec::new()),
             limiter: RateLimiter::new(config.rate_limiter)?,
