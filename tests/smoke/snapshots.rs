@@ -243,3 +243,100 @@ fn what_cannot_be_kept_or_gone_on_from_is_said_in_one_line() {
     let ended = command(&["snapshot", "-s", text(&nowhere), text(dir.path())]);
     ended.expect_status(1);
 }
+
+/// One of each device that needs no privileges, on either bus.
+fn paused_with_devices(dir: &Path, pci: bool) -> Served {
+    let flags: &[&str] = if pci { &["--pci"] } else { &[] };
+    let mut served = Served::start(flags);
+    let image = dir.join("disk");
+    std::fs::write(&image, vec![7; 1 << 20]).unwrap();
+    let source = json!({ "kernel_image_path": payload("ticks", "") });
+    served.done("PUT", "/boot-source", source);
+    let machine = json!({ "vcpu_count": 1, "mem_size_mib": 64 });
+    served.done("PUT", "/machine-config", machine);
+    let drive = json!({ "drive_id": "data", "path_on_host": image, "is_root_device": false });
+    served.done("PUT", "/drives/data", drive);
+    let vsock = json!({ "guest_cid": 3, "uds_path": dir.join("v") });
+    served.done("PUT", "/vsock", vsock);
+    served.done("PUT", "/entropy", json!({}));
+    let balloon = json!({ "amount_mib": 1, "deflate_on_oom": true });
+    served.done("PUT", "/balloon", balloon);
+    served.done("PUT", "/actions", json!({ "action_type": "InstanceStart" }));
+    served.vm.stdout_reaches(500);
+    served.done("PATCH", "/vm", json!({ "state": "Paused" }));
+    served
+}
+
+#[test]
+fn devices_go_on_with_other_files_and_sockets() {
+    for pci in [false, true] {
+        let dir = temp_dir();
+        let first = paused_with_devices(dir.path(), pci);
+        create(&first, dir.path());
+        let before = first.vm.stdout.bytes();
+        // While the first one has its disk and its socket.
+        std::fs::copy(dir.path().join("disk"), dir.path().join("copy")).unwrap();
+        let mut body = load(dir.path(), true);
+        let copy = dir.path().join("copy");
+        body["drive_overrides"] = json!([{ "drive_id": "data", "path_on_host": copy }]);
+        body["vsock_override"] = json!({ "uds_path": dir.path().join("w"), "guest_cid": 4 });
+        let mut second = Served::start(&[]);
+        second.done("PUT", "/snapshot/load", body);
+        second.vm.stdout_reaches(500);
+        let config = second.get("/vm/config");
+        assert_eq!(config["drives"][0]["path_on_host"], text(&copy));
+        assert_eq!(config["vsock"]["guest_cid"], 4);
+        assert!(dir.path().join("w").exists());
+        let both = [&before[..], &second.stop().expect_status(0).stdout].concat();
+        assert_counts(&both);
+        first.stop().expect_status(0);
+        // And in its own place, from the command line.
+        let mut third = Vm::start(husk().args(["restore", text(dir.path())]), LIMIT);
+        third.stdout_reaches(500);
+        third.signal(rustix::process::Signal::TERM);
+        third.signal(rustix::process::Signal::INT);
+        drop(third.take_stdin());
+        third.wait();
+    }
+}
+
+#[test]
+fn devices_that_cannot_go_on_are_said_in_one_line() {
+    let dir = temp_dir();
+    let first = paused_with_devices(dir.path(), true);
+    create(&first, dir.path());
+    // It takes its socket along.
+    first.stop().expect_status(0);
+    let small = file(&dir, "small", &[0; 4096]);
+    let missing = dir.path().join("missing");
+    let disk = |path: &Path| json!([{ "drive_id": "data", "path_on_host": path }]);
+    for (field, value, words) in [
+        (
+            "drive_overrides",
+            disk(&small),
+            ["4096 bytes", "not smaller"],
+        ),
+        (
+            "drive_overrides",
+            disk(&missing),
+            [text(&missing), "No such file"],
+        ),
+        (
+            "drive_overrides",
+            json!([{ "drive_id": "x", "path_on_host": "/x" }]),
+            ["no disk called x", "it has: data"],
+        ),
+        (
+            "network_overrides",
+            json!([{ "iface_id": "eth0", "host_dev_name": "t" }]),
+            ["no network interface called eth0", "it has: none"],
+        ),
+        ("vsock_override", json!({ "guest_cid": 1 }), ["1", "cid"]),
+    ] {
+        let mut body = load(dir.path(), true);
+        body[field] = value;
+        assert_ends(body, &words);
+    }
+    let ended = command(&["restore", text(dir.path()), "--disk", "data"]);
+    ended.expect_status(2);
+}

@@ -4,6 +4,7 @@ mod changes;
 mod devices;
 mod overlay;
 mod requests;
+mod rounds;
 
 use super::Block;
 use husk_config::{DeviceUpdate, Drive, IoEngine};
