@@ -157,10 +157,10 @@ macro_rules! pairs {
 }
 
 pairs! {
-    debian_mmio: debian [] => { disks_lose_and_double_nothing networks_go_on_and_sockets_are_reset }
-    debian_pci: debian ["--pci"] => { disks_lose_and_double_nothing networks_go_on_and_sockets_are_reset }
-    minimal_mmio: minimal [] => { disks_lose_and_double_nothing networks_go_on_and_sockets_are_reset }
-    minimal_pci: minimal ["--pci"] => { disks_lose_and_double_nothing networks_go_on_and_sockets_are_reset }
+    debian_mmio: debian [] => { networks_go_on_and_sockets_are_reset }
+    debian_pci: debian ["--pci"] => { disks_lose_and_double_nothing }
+    minimal_mmio: minimal [] => { disks_lose_and_double_nothing }
+    minimal_pci: minimal ["--pci"] => { networks_go_on_and_sockets_are_reset }
 }
 
 #[test]
