@@ -81,7 +81,7 @@ pub fn print_answer(response: &Response) -> Result<u8, Failure> {
         let fault = response.fault().unwrap_or_else(|| response.body.clone());
         return Err(Failure::host(format!("{fault} (HTTP {})", response.status)));
     }
-    let mut text = match serde_json::from_str::<serde_json::Value>(&response.body) {
+    let mut text = match serde_json::from_slice::<serde_json::Value>(response.body.as_bytes()) {
         Ok(value) => serde_json::to_string_pretty(&value).unwrap_or_default(),
         Err(_) => response.body.trim_end().to_owned(),
     };

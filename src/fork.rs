@@ -162,9 +162,10 @@ impl Nursery {
         let Some(control) = &self.control else {
             return Ok(Vec::new());
         };
-        let order = json!({ "first": self.started + 1, "fork": request });
+        let mut order = (self.started + 1).to_ne_bytes().to_vec();
+        order.extend(json!(request).to_string().as_bytes());
         self.started = self.started.saturating_add(request.count);
-        rustix::net::send(control, order.to_string().as_bytes(), SendFlags::NOSIGNAL)?;
+        rustix::net::send(control, &order, SendFlags::NOSIGNAL)?;
         let mut told = BTreeMap::new();
         let mut buffer = vec![0; MESSAGE];
         while told.len() < request.count as usize {
@@ -241,16 +242,7 @@ impl Inside {
                 Ok((length @ 1.., _)) => length,
                 _ => return 0,
             };
-            let order: Value =
-                match serde_json::from_slice(buffer.get(..length).unwrap_or_default()) {
-                    Ok(order) => order,
-                    Err(_) => return 1,
-                };
-            let first = order.get("first").and_then(Value::as_u64);
-            let first = first
-                .and_then(|first| u32::try_from(first).ok())
-                .unwrap_or(1);
-            let Some(Ok(fork)) = order.get("fork").map(Fork::from_value) else {
+            let Some((first, fork)) = buffer.get(..length).and_then(understand) else {
                 return 1;
             };
             if self.serve(first, &fork).is_err() {
@@ -323,6 +315,12 @@ impl Inside {
             }
         }
     }
+}
+
+/// What the monitor orders: the number of the first clone, and what was asked for.
+fn understand(order: &[u8]) -> Option<(u32, Fork)> {
+    let (first, fork) = order.split_first_chunk()?;
+    Some((u32::from_ne_bytes(*first), Fork::from_json(fork).ok()?))
 }
 
 fn how(status: WaitStatus) -> String {

@@ -40,7 +40,7 @@ fn keep(socket: &Path, dir: &Path, diff: bool) -> Result<u8, Failure> {
     // The VM's process is somewhere else.
     let dir = std::fs::canonicalize(dir).map_err(fault)?;
     let about = send(socket, "GET", "/", "")?;
-    let about: Value = serde_json::from_str(&about.body).unwrap_or_default();
+    let about: Value = serde_json::from_slice(about.body.as_bytes()).unwrap_or_default();
     let runs = about["state"] == "Running";
     if runs {
         let paused = send(socket, "PATCH", "/vm", r#"{"state":"Paused"}"#)?;

@@ -106,7 +106,21 @@ fn check(mut clones: Clones, count: usize, each: impl Fn(usize, &[String])) {
     let mut all = BTreeSet::new();
     for n in 1..=count {
         let words = said(&clones, n);
-        let [_, _, who, _, _, cid, _, memory, disk, _, my_memory, my_disk, more @ ..] = &words[..]
+        let [
+            _,
+            _,
+            who,
+            _,
+            _,
+            cid,
+            _,
+            memory,
+            disk,
+            _,
+            my_memory,
+            my_disk,
+            more @ ..,
+        ] = &words[..]
         else {
             panic!("{words:?}");
         };

@@ -26,7 +26,7 @@ impl Response {
 
     /// Why it failed, when the body says so.
     pub fn fault(&self) -> Option<String> {
-        let body: serde_json::Value = serde_json::from_str(&self.body).ok()?;
+        let body: serde_json::Value = serde_json::from_slice(self.body.as_bytes()).ok()?;
         Some(body.get("fault_message")?.as_str()?.to_owned())
     }
 }

@@ -27,10 +27,11 @@ impl Report {
 
     fn parse(path: &Path, text: &str) -> Result<Self, Error> {
         let path = || path.to_path_buf();
-        let value: Value = serde_json::from_str(text).map_err(|source| Error::Json {
-            path: path(),
-            source,
-        })?;
+        let value: Value =
+            serde_json::from_slice(text.as_bytes()).map_err(|source| Error::Json {
+                path: path(),
+                source,
+            })?;
         if value.get("schema").and_then(Value::as_str) != Some(SCHEMA) {
             return Err(Error::Foreign { path: path() });
         }

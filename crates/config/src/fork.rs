@@ -79,9 +79,9 @@ impl Default for Fork {
 }
 
 impl Fork {
-    /// Of what `serde_json` made of one.
-    pub fn from_value(value: &serde_json::Value) -> Result<Self, serde_json::Error> {
-        Self::deserialize(value)
+    /// From JSON.
+    pub fn from_json(text: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(text)
     }
 
     /// What is wrong with it, if anything.

@@ -255,7 +255,7 @@ impl VmConfig {
         };
         let text = read_file(path)?;
         let fields: serde_json::Map<String, serde_json::Value> =
-            serde_json::from_str(&text).map_err(|e| json(path, e))?;
+            serde_json::from_slice(text.as_bytes()).map_err(|e| json(path, e))?;
         let given = |name: &str| fields.get(name).is_some_and(|value| !value.is_null());
         let has_machine = given("machine-config");
         let mut known = serde_json::Map::new();
@@ -263,7 +263,8 @@ impl VmConfig {
             let value = match (name.as_str(), value) {
                 ("cpu-config", serde_json::Value::String(file)) => {
                     let file = Path::new(file);
-                    serde_json::from_str(&read_file(file)?).map_err(|e| json(file, e))?
+                    let text = read_file(file)?;
+                    serde_json::from_slice(text.as_bytes()).map_err(|e| json(file, e))?
                 }
                 (_, value) => value.clone(),
             };
@@ -271,7 +272,7 @@ impl VmConfig {
                 known.insert(name.clone(), value);
             }
         }
-        let mut config: Self = serde_json::from_value(known.into()).map_err(|e| json(path, e))?;
+        let mut config = Self::from_saved(known.into()).map_err(|e| json(path, e))?;
         if !has_machine {
             config.machine_config = base.machine_config;
         }
@@ -280,7 +281,7 @@ impl VmConfig {
 
     /// Parse JSON. Only an object is a configuration: serde alone would take a list for one, by the order of fields.
     pub fn from_json(text: &str) -> Result<Self, serde_json::Error> {
-        match serde_json::from_str(text) {
+        match serde_json::from_slice(text.as_bytes()) {
             Ok(_) if !text.trim_start().starts_with('{') => {
                 Err(serde::de::Error::custom("it is not a JSON object {…}"))
             }
@@ -338,7 +339,14 @@ impl VmConfig {
 
     /// What [`VmConfig::to_saved`] told. Nothing is checked but the shape.
     pub fn from_saved(saved: serde_json::Value) -> Result<Self, serde_json::Error> {
-        serde_json::from_value(saved)
+        // As text, because so it is read from everywhere else: each other way is another copy of all that reads it. Nobody has seen
+        // that text.
+        let told = serde_json::from_slice(saved.to_string().as_bytes());
+        told.map_err(|e: serde_json::Error| {
+            let text = e.to_string();
+            let what = text.split(" at line ").next().unwrap_or_default();
+            serde::de::Error::custom(what)
+        })
     }
 
     /// Add `device`, if the result is a valid configuration.

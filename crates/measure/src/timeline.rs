@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 /// Phases in ns since `spawned`, and what each cost. Empty where the process has written nothing.
 pub fn read(text: &str, spawned: u64) -> (BTreeMap<Phase, u64>, Vec<PhaseCounts>) {
-    let value: Value = serde_json::from_str(text).unwrap_or_default();
+    let value: Value = serde_json::from_slice(text.as_bytes()).unwrap_or_default();
     let mut phases = BTreeMap::new();
     let mut costs = Vec::new();
     let Some(start) = value["start_ns"].as_u64() else {

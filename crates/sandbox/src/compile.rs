@@ -200,7 +200,7 @@ pub struct Rules(BTreeMap<String, Set>);
 impl Rules {
     /// Read them from JSON; `docs/seccomp.md` has its form.
     pub fn parse(text: &str) -> Result<Self, Error> {
-        Ok(Self(serde_json::from_str(text)?))
+        Ok(Self(serde_json::from_slice(text.as_bytes())?))
     }
 
     /// The filter that is the set called `name`.
