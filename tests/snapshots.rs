@@ -18,9 +18,10 @@ use common::pages::{self, Answer, Pages};
 use common::{Vm, husk, temp_dir, text};
 use husk_api::client;
 use serde_json::{Value, json};
+use std::io::Write as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 /// Counts seconds of the guest's clock, and looks at a file of random bytes each time.
 const SCRIPT: &str = "
@@ -32,7 +33,7 @@ i=0
 while [ $i -lt 100 ]; do
 	i=$((i + 1))
 	[ \"$(md5sum </tmp/bytes)\" = \"$sum\" ] || { echo changed; poweroff -f; }
-	echo \"turn $i at $(cut -d. -f1 /proc/uptime)\"
+	echo \"turn $i at $(cut -d. -f1 /proc/uptime) $(date +%s) end\"
 	read -t 1 -r line && [ \"$line\" = end ] && break
 done
 ls /sys/bus/acpi/devices/ | grep VMGENCTR
@@ -79,7 +80,7 @@ fn places(dir: &Path) -> Value {
 }
 
 /// For how long a guest is kept: more than it counts in a round.
-const AWAY: Duration = Duration::from_secs(8);
+const AWAY: Duration = Duration::from_secs(6);
 
 /// What the guest's monotonic and wall clock said in a turn, in seconds.
 fn clocks(served: &Served, turn: u32) -> (u64, u64) {
@@ -110,7 +111,8 @@ fn a_guest_goes_on_with_its_memory_clock_and_processors(kernel: &Kernel, hears: 
     let mut turn = 2;
     // Of the guest that booted, and then of one that was a snapshot already, and whose clocks have not stood still.
     for realtime in [false, true] {
-        let (uptime, _) = clocks(&served, turn);
+        let (uptime, wall_before) = clocks(&served, turn);
+        let seen = Instant::now();
         served.done("PATCH", "/vm", json!({ "state": "Paused" }));
         served.done("PUT", "/snapshot/create", places(dir.path()));
         drop(served);
@@ -133,11 +135,9 @@ fn a_guest_goes_on_with_its_memory_clock_and_processors(kernel: &Kernel, hears: 
             ),
             true => {
                 assert!(later >= uptime + away, "{uptime}, {later}");
-                let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-                assert!(
-                    now.as_ref().unwrap().as_secs().abs_diff(wall) <= 1,
-                    "{now:?}, {wall}"
-                );
+                // By the second, and it was read a little later.
+                let (passed, by_guest) = (seen.elapsed().as_secs(), wall - wall_before);
+                assert!(passed.abs_diff(by_guest) <= 2, "{passed}, {by_guest}");
             }
         }
     }
@@ -223,10 +223,12 @@ fn a_guest_goes_on_with_memory_that_another_process_gives_and_in_huge_pages() {
         served.done("PUT", "/snapshot/load", load);
         turn += 2;
         served.vm.expect(&format!("turn {turn} at "));
+        writeln!(std::io::stderr(), "goes on with {backend} and {huge_pages}").unwrap();
     }
     served.vm.send(b"end\n");
     served.vm.expect("with 2 processors");
     served.vm.finish().expect_status(0);
+    writeln!(std::io::stderr(), "and ends").unwrap();
     std::fs::write(POOL, before).unwrap();
     // And one that dies: no thread of the monitor's, or of the kernel's behalf of KVM, waits for ever.
     let socket = dir.path().join("dying");

@@ -402,6 +402,7 @@ impl Vm {
             return self.dismantle();
         };
         handler.end_watch();
+        let abandon_memory = handler.last_resort();
         let shared = Arc::clone(&self.shared);
         // Its memory must not go when there is no thread to take it down on.
         let vm = Arc::new(Mutex::new(Some(self)));
@@ -424,12 +425,15 @@ impl Vm {
             Some(Outcome::Memory(_)) => LOST_LIMIT,
             _ => DOWN_LIMIT,
         };
-        let outcome = stopped.recv_timeout(limit).ok();
-        outcome.unwrap_or_else(|| match shared.lifecycle.outcome() {
+        if let Ok(outcome) = stopped.recv_timeout(limit) {
+            return outcome;
+        }
+        abandon_memory();
+        match shared.lifecycle.outcome() {
             // It cannot start again here.
             None | Some(Outcome::Reset) => Outcome::Memory("pages of it do not come".into()),
             Some(outcome) => outcome,
-        })
+        }
     }
 
     fn dismantle(mut self) -> Outcome {

@@ -53,6 +53,8 @@ pub struct PageHandler {
 struct Line {
     /// Never read here. Open for as long as there is memory: without it, pages that are missing would be zero.
     userfault: Userfault,
+    /// Host addresses and sizes of what is registered.
+    slots: Vec<(u64, u64)>,
     socket: OwnedFd,
     /// The handler's process, where it can be known.
     process: Option<OwnedFd>,
@@ -89,6 +91,10 @@ impl PageHandler {
         send(&socket, message.as_bytes(), &userfault).map_err(fault)?;
         let line = Line {
             userfault,
+            slots: slots
+                .iter()
+                .map(|(range, host)| (*host, range.size))
+                .collect(),
             socket,
             process,
             path: path.into(),
@@ -140,6 +146,12 @@ impl PageHandler {
             // It waits for nothing but this.
             let _ = thread.join();
         }
+    }
+
+    /// What lets those go on that wait for pages which do not come, when the process is about to end.
+    pub fn last_resort(&self) -> impl FnOnce() + use<> {
+        let line = Arc::clone(&self.line);
+        move || line.userfault.abandon(&line.slots)
     }
 
     /// Wait until all pages of `ranges` are there.

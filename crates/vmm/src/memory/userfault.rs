@@ -13,6 +13,7 @@ const UFFD_FEATURE_EVENT_REMOVE: u64 = 1 << 3;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;
 const UFFDIO_API: u32 = opcode::read_write::<Api>(0xaa, 0x3f);
+const UFFDIO_WAKE: u32 = opcode::read::<Span>(0xaa, 2);
 const UFFDIO_REGISTER: u32 = opcode::read_write::<Register>(0xaa, 0);
 
 /// struct uffdio_api.
@@ -70,6 +71,63 @@ impl Userfault {
             )
         }
         .map_err(Error::Userfault)
+    }
+}
+
+/// struct uffdio_range.
+#[repr(C)]
+struct Span {
+    start: u64,
+    length: u64,
+}
+
+impl Userfault {
+    /// Take `slots`, host addresses with their sizes, from everybody, and let those go on that wait for a page there: the host's kernel gets an
+    /// error, and a thread of this process that still touches one never comes back. For a process that is about to end, which would wait for
+    /// KVM's workers otherwise, as they for pages; nobody may look at memory any more who is to come back.
+    pub fn abandon(&self, slots: &[(u64, u64)]) {
+        // SAFETY: the handler is a function that is always there. It returns to nothing that could be wrong: it does not return.
+        if unsafe { libc::signal(libc::SIGSEGV, never_again as *const () as usize) }
+            == libc::SIG_ERR
+        {
+            log::debug!("a thread that touches lost memory ends the process by a signal");
+        }
+        for &(host, size) in slots {
+            // SAFETY: the range is guest memory, which nobody has a reference to; that it cannot be accessed is what is wanted.
+            let taken = unsafe {
+                rustix::mm::mmap_anonymous(
+                    host as *mut _,
+                    size as usize,
+                    rustix::mm::ProtFlags::empty(),
+                    rustix::mm::MapFlags::PRIVATE
+                        | rustix::mm::MapFlags::FIXED
+                        | rustix::mm::MapFlags::NORESERVE,
+                )
+            };
+            let mut span = Span {
+                start: host,
+                length: size,
+            };
+            // SAFETY: UFFDIO_WAKE takes a struct uffdio_range, which is what this is, and writes nothing.
+            let woken = taken.and_then(|_| unsafe {
+                ioctl(&self.0, Updater::<UFFDIO_WAKE, Span>::new(&mut span))
+            });
+            if let Err(e) = woken {
+                log::debug!("who waits for lost memory is not woken: {e}");
+            }
+        }
+    }
+}
+
+/// The handler of SIGSEGV of a process that is about to end.
+extern "C" fn never_again(_: libc::c_int) {
+    let long = libc::timespec {
+        tv_sec: 1 << 20,
+        tv_nsec: 0,
+    };
+    loop {
+        // SAFETY: a valid time, and nothing is wanted back.
+        unsafe { libc::nanosleep(&raw const long, std::ptr::null_mut()) };
     }
 }
 
