@@ -13,6 +13,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -436,6 +437,30 @@ impl Drop for Served {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Kills processes (a negative number: a process group) when it is dropped, or when this process has ended, however it did: clones are
+/// nobody's children, and a VM that is told of Ctrl-C presses its power button, which payloads do not hear.
+pub struct Guard(Child);
+
+impl Guard {
+    /// A shell waits for the end of its input, and then kills.
+    pub fn new(targets: &[i64]) -> Result<Self> {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", r#"read -r line; kill -s KILL -- "$@""#, "sh"]);
+        shell.args(targets.iter().map(i64::to_string));
+        // They may be gone already.
+        shell.stdin(Stdio::piped()).stdout(Stdio::null());
+        let shell = shell.stderr(Stdio::null()).process_group(0).spawn();
+        Ok(Self(shell.context("cannot start a shell")?))
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
     }
 }
 

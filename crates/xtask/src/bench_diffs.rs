@@ -3,7 +3,7 @@
 //! What each figure is: docs/performance.md.
 
 use crate::bench::{Verdict, median};
-use crate::bench_api::{Client, PATIENCE, Served, ms_since, settled};
+use crate::bench_api::{Client, Guard, PATIENCE, Served, ms_since, settled};
 use crate::bench_snapshots::{Bench, payload};
 use crate::host;
 use anyhow::{Context, Result, bail};
@@ -40,8 +40,10 @@ pub fn run(runs: u32, bench: &Bench<'_>, verdicts: &mut Vec<Verdict>) -> Result<
     println!("\ndiffs, 2 GiB, 10 MB written, 1 vCPU, on {system}, {runs} turns:");
     let (input, writer) = std::io::pipe().context("cannot make a pipe")?;
     let served = Served::start_with(bench.husk, &dir, input)?;
+    let ends = Guard::new(&[i64::from(served.id())])?;
     let client = served.connect_when_made()?;
     let mut guest = Guest {
+        _ends: ends,
         served,
         client,
         input: writer,
@@ -82,6 +84,7 @@ fn print_table(turns: &[Turn]) {
 }
 
 struct Guest {
+    _ends: Guard,
     served: Served,
     client: Client,
     input: PipeWriter,

@@ -3,7 +3,9 @@
 //! What each figure is: docs/performance.md.
 
 use crate::bench::{self, Verdict, median};
-use crate::bench_api::{CLIENT_PAUSE, Client, PATIENCE, Served, configure, ms_since, settled};
+use crate::bench_api::{
+    CLIENT_PAUSE, Client, Guard, PATIENCE, Served, configure, ms_since, settled,
+};
 use crate::bench_snapshots::{Bench, Turn as Start, byte_since, payload};
 use anyhow::{Context, Result, bail};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
@@ -11,9 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::fs;
 use std::io::BufRead;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -159,10 +159,10 @@ fn make_template(client: &mut Client) -> Result<f64> {
 
 /// A VM with a template. It is paused itself, for it would never stop spinning.
 struct Parent {
-    // Clones end first.
-    _clones: Group,
+    _ends: Guard,
     client: Client,
     dir: PathBuf,
+    last: Vec<Pid>,
     _served: Served,
 }
 
@@ -170,12 +170,16 @@ impl Parent {
     fn start(husk: &Path, dir: &Path, waits: &Path) -> Result<Self> {
         let (served, mut client) = waiting(husk, dir, waits)?;
         make_template(&mut client)?;
-        let clones = Group::led_by_child_of(served.id())?;
+        let ends = Guard::new(&[
+            i64::from(served.id()),
+            -i64::from(group_of_child(served.id())?),
+        ])?;
         client.patch("/vm", r#"{"state":"Paused"}"#)?;
         Ok(Self {
-            _clones: clones,
+            _ends: ends,
             client,
             dir: dir.to_owned(),
+            last: Vec::new(),
             _served: served,
         })
     }
@@ -202,9 +206,9 @@ impl Parent {
             .copied()
             .map(private_kb)
             .sum::<Result<f64>>()?;
-        // The first one stays: pages of code that none but clones run are no clone's own, but would seem to be.
-        if number > 0 {
-            clones.into_iter().try_for_each(kill)?;
+        // The last one was still there: pages of code that none but clones run are no clone's own, but would seem to be.
+        for clone in std::mem::replace(&mut self.last, clones) {
+            kill(clone)?;
         }
         fs::remove_file(&path).context("cannot remove a FIFO")
     }
@@ -271,33 +275,13 @@ fn private_kb(pid: Pid) -> Result<f64> {
     Ok(kib as f64 * 1.024)
 }
 
-/// A process group that ends with this object, and with this process however that ends: clones are nobody's children, and hear no
-/// Ctrl-C. A shell waits for the end of its input, and then kills.
-struct Group(Child);
-
-impl Group {
-    /// What a template's process leads, and its clones are in.
-    fn led_by_child_of(parent: u32) -> Result<Self> {
-        let leader = fs::read_dir("/proc")
-            .context("cannot read /proc")?
-            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-            .find(|pid| is_leader_of(*pid, parent));
-        let leader: u32 = leader.context("husk serve has no process for its template")?;
-        let mut shell = Command::new("sh");
-        shell.args(["-c", r#"read -r line; kill -KILL -- "-$0""#]);
-        shell.arg(leader.to_string()).stdin(Stdio::piped());
-        // Clones may all be gone already.
-        shell.stdout(Stdio::null()).stderr(Stdio::null());
-        let shell = shell.process_group(0).spawn();
-        Ok(Self(shell.context("cannot start a shell")?))
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        let _ = self.0.wait();
-    }
+/// The process group of a template's process, and of its clones, which are nobody's children.
+fn group_of_child(parent: u32) -> Result<u32> {
+    fs::read_dir("/proc")
+        .context("cannot read /proc")?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .find(|pid| is_leader_of(*pid, parent))
+        .context("husk serve has no process for its template")
 }
 
 /// Whether it is a child of `parent`, and leads a group of its own.
@@ -313,6 +297,8 @@ fn is_leader_of(pid: u32, parent: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
 
     #[test]
     fn clones_that_did_not_start_are_an_error() {
@@ -325,12 +311,14 @@ mod tests {
     }
 
     #[test]
-    fn a_group_ends_with_its_object() {
+    fn a_group_ends_with_its_guard() {
         let mut sleep = Command::new("sleep");
         let mut sleep = sleep.arg("60").process_group(0).spawn().unwrap();
-        let group = Group::led_by_child_of(std::process::id()).unwrap();
+        let group = group_of_child(std::process::id()).unwrap();
+        assert_eq!(group, sleep.id());
+        let guard = Guard::new(&[-i64::from(group)]).unwrap();
         assert!(sleep.try_wait().unwrap().is_none());
-        drop(group);
+        drop(guard);
         assert!(!sleep.wait().unwrap().success());
     }
 
