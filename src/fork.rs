@@ -410,7 +410,11 @@ impl Clone<'_> {
             id: &id,
             fork: self.fork,
         };
-        Session::be_clone(options, template, &clone, || self.tell(None))
+        Session::be_clone(options, template, &clone, || {
+            // Where its vCPU waits for this processor, it need not wait until all that are told have been, too.
+            std::thread::yield_now();
+            self.tell(None);
+        })
     }
 
     /// Its console is stdout, and its log stderr, as any VM's.

@@ -3,7 +3,7 @@
 use crate::Error;
 use husk_metrics::METRICS;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+use rustix::fs::{FileType, Mode, OFlags, Stat, fstat, major, minor, open};
 use rustix::io::Errno;
 use rustix::termios::isatty;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -19,7 +19,7 @@ const STACK: usize = 128 * 1024;
 
 /// The guest's output on its way to a file descriptor, in order and complete.
 ///
-/// To a pipe or a terminal that has room it goes at once, without waking a thread: through a description of its own
+/// To a pipe or a terminal that has room, or to /dev/null, it goes at once, without waking a thread: through a description of its own
 /// that is non-blocking, because that of standard output is shared with other processes and must stay as it is. All else
 /// goes through a buffer and the thread "console-out", which starts when it is first needed and may block.
 ///
@@ -157,12 +157,18 @@ impl husk_devices::serial::Output for Output {
 fn own_description(target: BorrowedFd<'_>) -> Option<OwnedFd> {
     let stat = fstat(target).ok()?;
     let fifo = FileType::from_raw_mode(stat.st_mode) == FileType::Fifo;
-    if !fifo && !isatty(target) {
+    if !fifo && !is_null(&stat) && !isatty(target) {
         return None;
     }
     let path = format!("/proc/self/fd/{}", target.as_raw_fd());
     let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     open(path, flags, Mode::empty()).ok()
+}
+
+/// /dev/null, which takes everything at once.
+fn is_null(stat: &Stat) -> bool {
+    let device = (major(stat.st_rdev), minor(stat.st_rdev));
+    FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && device == (1, 3)
 }
 
 impl Buffer {
@@ -328,6 +334,21 @@ mod tests {
     #[test]
     fn a_non_blocking_target_loses_nothing() {
         flood(PipeFlags::NONBLOCK);
+    }
+
+    #[test]
+    fn what_is_dropped_needs_no_thread() {
+        let null = File::options().write(true).open("/dev/null").unwrap();
+        let output = Output::new(null).unwrap();
+        (0..3).for_each(|_| output.write(&pattern(100_000)));
+        assert!(!output.shared.lock().started);
+        output.close();
+        // What may block has one.
+        let zero = File::options().write(true).open("/dev/zero").unwrap();
+        let output = Output::new(zero).unwrap();
+        output.write(b"x");
+        assert!(output.shared.lock().started);
+        output.close();
     }
 
     #[test]

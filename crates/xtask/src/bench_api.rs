@@ -13,6 +13,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -351,6 +352,11 @@ pub struct Served {
 
 impl Served {
     pub fn start(husk: &Path, temp: &Path) -> Result<Self> {
+        Self::start_with(husk, temp, Stdio::null())
+    }
+
+    /// With an input.
+    pub fn start_with(husk: &Path, temp: &Path, input: impl Into<Stdio>) -> Result<Self> {
         let socket = temp.join("api.sock");
         // A program that was killed leaves it.
         let _ = fs::remove_file(&socket);
@@ -361,7 +367,7 @@ impl Served {
         let (console, writer) = std::io::pipe().context("cannot make a pipe")?;
         let mut command = Command::new(husk);
         command.args(["serve", "--api-sock"]).arg(&socket);
-        command.stdin(Stdio::null()).stdout(writer);
+        command.stdin(input).stdout(writer);
         let begun = Instant::now();
         let child = command
             .spawn()
@@ -416,6 +422,11 @@ impl Served {
         Ok(at.duration_since(begin).as_secs_f64() * 1e3)
     }
 
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     fn memory(&self, field: &str) -> Result<f64> {
         let kib = bench::memory(self.child.id(), field).context("husk serve has ended")?;
         Ok(kib as f64)
@@ -429,26 +440,50 @@ impl Drop for Served {
     }
 }
 
+/// Kills processes (a negative number: a process group) when it is dropped, or when this process has ended, however it did: clones are
+/// nobody's children, and a VM that is told of Ctrl-C presses its power button, which payloads do not hear.
+pub struct Guard(Child);
+
+impl Guard {
+    /// A shell waits for the end of its input, and then kills.
+    pub fn new(targets: &[i64]) -> Result<Self> {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", r#"read -r line; kill -s KILL -- "$@""#, "sh"]);
+        shell.args(targets.iter().map(i64::to_string));
+        // They may be gone already.
+        shell.stdin(Stdio::piped()).stdout(Stdio::null());
+        let shell = shell.stderr(Stdio::null()).process_group(0).spawn();
+        Ok(Self(shell.context("cannot start a shell")?))
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
 /// A connection that is kept.
 pub struct Client(UnixStream);
 
 impl Client {
     pub fn get(&mut self, path: &str) -> Result<()> {
         self.send("GET", path, "")?;
-        self.answer(200)
+        self.answer(200).map(drop)
     }
 
     pub fn put(&mut self, path: &str, body: &str) -> Result<()> {
         self.send("PUT", path, body)?;
-        self.answer(204)
+        self.answer(204).map(drop)
     }
 
     pub fn patch(&mut self, path: &str, body: &str) -> Result<()> {
         self.send("PATCH", path, body)?;
-        self.answer(204)
+        self.answer(204).map(drop)
     }
 
-    fn send(&mut self, method: &str, path: &str, body: &str) -> Result<()> {
+    pub fn send(&mut self, method: &str, path: &str, body: &str) -> Result<()> {
         let text = format!(
             "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()
@@ -458,8 +493,8 @@ impl Client {
             .context("cannot send a request")
     }
 
-    /// Reads a whole answer, whose status must be this one.
-    fn answer(&mut self, status: u16) -> Result<()> {
+    /// Reads a whole answer, whose status must be this one; its body.
+    pub fn answer(&mut self, status: u16) -> Result<String> {
         let mut answer = Vec::new();
         let mut buffer = [0; 4096];
         while !is_complete(&answer) {
@@ -472,7 +507,7 @@ impl Client {
             }
         }
         match answer.starts_with(format!("HTTP/1.1 {status} ").as_bytes()) {
-            true => Ok(()),
+            true => Ok(body(&answer)),
             false => bail!("not {status}: {}", String::from_utf8_lossy(&answer)),
         }
     }
@@ -490,6 +525,12 @@ fn is_complete(answer: &[u8]) -> bool {
             .then(|| value.trim().parse().ok())?
     });
     body.len() >= length.unwrap_or(0)
+}
+
+fn body(answer: &[u8]) -> String {
+    let text = String::from_utf8_lossy(answer);
+    let parts = text.split_once("\r\n\r\n");
+    parts.map(|(_, body)| body.to_owned()).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -4,11 +4,12 @@
 
 use crate::bench::{self, Program, Verdict, median};
 use crate::bench_api::{CLIENT_PAUSE, PATIENCE, Served, configure, ms_since, settled};
-use crate::host;
+use crate::{bench_diffs, bench_forks, host};
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs;
-use std::io::{PipeReader, Read};
+use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -23,14 +24,14 @@ const LIMIT_RATIO: f64 = 1.3;
 
 /// A turn's figures.
 #[derive(Default)]
-struct Turn {
-    floor_ms: f64,
+pub struct Turn {
+    pub floor_ms: f64,
     /// `husk run` of the payload: spawn to its first byte.
-    boot_ms: f64,
+    pub boot_ms: f64,
     create_ms: f64,
     create_kib: f64,
     /// `husk restore`: spawn to the next byte.
-    restore_ms: f64,
+    pub restore_ms: f64,
     /// PUT /snapshot/load to its answer.
     load_ms: f64,
     /// `husk serve` and PUT /snapshot/load: spawn to the next byte.
@@ -40,9 +41,9 @@ struct Turn {
 }
 
 /// What a turn needs.
-struct Bench<'a> {
-    husk: &'a Path,
-    temp: &'a Path,
+pub struct Bench<'a> {
+    pub husk: &'a Path,
+    pub temp: &'a Path,
     payload: PathBuf,
     kept: PathBuf,
 }
@@ -52,7 +53,7 @@ pub fn run(runs: u32, husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> 
     let bench = Bench {
         husk,
         temp,
-        payload: payload(temp)?,
+        payload: payload(temp, "ticks")?,
         kept: temp.join("kept"),
     };
     fs::create_dir_all(&bench.kept).context("cannot make a directory for snapshots")?;
@@ -84,7 +85,8 @@ pub fn run(runs: u32, husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> 
             LIMIT_RATIO,
         ),
     ]);
-    Ok(())
+    bench_diffs::run(runs, &bench, verdicts)?;
+    bench_forks::run(runs, &bench, verdicts)
 }
 
 fn print_table(turns: &[Turn]) {
@@ -118,9 +120,9 @@ fn print_table(turns: &[Turn]) {
     }
 }
 
-/// The kernel that counts.
-fn payload(temp: &Path) -> Result<PathBuf> {
-    let path = temp.join("ticks.elf");
+/// A payload kernel of the tests'.
+pub fn payload(temp: &Path, name: &str) -> Result<PathBuf> {
+    let path = temp.join(format!("{name}.elf"));
     let mut gcc = Command::new("gcc");
     gcc.args([
         "-nostdlib",
@@ -131,7 +133,7 @@ fn payload(temp: &Path) -> Result<PathBuf> {
         "-Wl,-z,noexecstack",
         "-o",
     ]);
-    let source = host::workspace_root()?.join("tests/payloads/ticks.S");
+    let source = host::workspace_root()?.join(format!("tests/payloads/{name}.S"));
     host::run_quiet(gcc.arg(&path).arg(source))?;
     Ok(path)
 }
@@ -159,19 +161,19 @@ impl Bench<'_> {
         Ok(turn)
     }
 
-    fn floor(&self, turn: &mut Turn) -> Result<()> {
+    pub fn floor(&self, turn: &mut Turn) -> Result<()> {
         let floor = self.temp.join("floor-overlap").display().to_string();
         turn.floor_ms = bench::start(&Program::new("floor", &floor), "h", PATIENCE)?.ms;
         Ok(())
     }
 
-    fn boot(&self, turn: &mut Turn) -> Result<()> {
+    pub fn boot(&self, turn: &mut Turn) -> Result<()> {
         let boot = format!("run --kernel {} --memory 128M", self.payload.display());
         turn.boot_ms = self.first_byte(&boot)?;
         Ok(())
     }
 
-    fn restore(&self, turn: &mut Turn) -> Result<()> {
+    pub fn restore(&self, turn: &mut Turn) -> Result<()> {
         turn.restore_ms = self.first_byte(&format!("restore {}", self.kept.display()))?;
         Ok(())
     }
@@ -245,7 +247,7 @@ impl Bench<'_> {
 }
 
 /// Sleeps until the guest writes something; milliseconds since `begun`.
-fn byte_since(console: &mut PipeReader, begun: Instant) -> Result<f64> {
+pub fn byte_since(console: &mut (impl Read + AsFd), begun: Instant) -> Result<f64> {
     let limit = Timespec::try_from(PATIENCE).context("too much patience")?;
     let mut wait = [PollFd::new(&*console, PollFlags::IN)];
     if poll(&mut wait, Some(&limit)).context("cannot wait for the guest")? == 0 {

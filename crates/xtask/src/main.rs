@@ -10,6 +10,8 @@ mod bench;
 mod bench_api;
 mod bench_boot;
 mod bench_devices;
+mod bench_diffs;
+mod bench_forks;
 mod bench_snapshots;
 mod boot_time;
 mod cargo;
