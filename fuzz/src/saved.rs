@@ -64,9 +64,10 @@ fn replace<S: Subject>(saved: Saved<S::Request, S::Host>) {
         // As for a snapshot before the guest goes on.
         guest.driver.registers.save();
         guest.driver.registers.resume();
+        // One that was refused may have other queues than its driver knows.
+        guest.run(&mut subject, saved.after.0);
+        guest.wait();
     }
-    guest.run(&mut subject, saved.after.0);
-    guest.wait();
     guest.driver.start(u64::MAX, 16);
     subject.check(&mut guest.driver);
 }
