@@ -53,16 +53,17 @@ pub struct Chain {
 /// An input.
 #[derive(Debug, Arbitrary)]
 pub struct Program<R, H> {
-    pci: bool,
+    /// Over PCI, not MMIO.
+    pub(crate) pci: bool,
     /// Of the device.
-    variant: u8,
+    pub(crate) variant: u8,
     set_up: SetUp,
-    actions: Few<Action<R, H>, 255>,
+    pub(crate) actions: Few<Action<R, H>, 255>,
 }
 
 /// How a driver begins.
 #[derive(Clone, Copy, Debug, Arbitrary)]
-struct SetUp {
+pub(crate) struct SetUp {
     /// Features that it does not want.
     without: u64,
     /// The logarithm of the size of its queues.
@@ -71,7 +72,7 @@ struct SetUp {
 
 /// What a guest, or its host, does.
 #[derive(Debug, Arbitrary)]
-enum Action<R, H> {
+pub(crate) enum Action<R, H> {
     Request {
         request: R,
         indirect: bool,
@@ -138,7 +139,7 @@ enum Action<R, H> {
 
 /// A buffer.
 #[derive(Clone, Copy, Debug, Arbitrary)]
-struct Part {
+pub(crate) struct Part {
     at: Place,
     length: Number,
     writable: bool,
@@ -146,7 +147,7 @@ struct Part {
 
 /// An address.
 #[derive(Clone, Copy, Debug, Arbitrary)]
-enum Place {
+pub(crate) enum Place {
     Buffer(u16),
     Other(u16),
     /// Before the end of the first region.
@@ -176,40 +177,63 @@ pub fn thread() -> &'static Arc<DeviceThread> {
     THREAD.get_or_init(|| Arc::new(DeviceThread::start("io", || ()).expect("a thread")))
 }
 
+/// `device` behind one of the transports.
+pub(crate) fn make(
+    pci: bool,
+    device: Box<dyn VirtioDevice>,
+    mem: &GuestMemory,
+) -> Box<dyn Registers> {
+    match pci {
+        false => Box::new(Mmio::new(device, thread(), mem)),
+        true => Box::new(Pci::new(device, thread(), mem)),
+    }
+}
+
 /// Run an input.
 pub fn run<S: Subject>(program: Program<S::Request, S::Host>) {
-    let (mut subject, device) = S::new(program.variant);
-    let ranges = REGIONS.map(|(start, size)| (GuestAddress(start), size as usize));
-    let mem = GuestMemory::from_ranges(&ranges).expect("guest memory");
-    let registers: Box<dyn Registers> = match program.pci {
-        false => Box::new(Mmio::new(device, thread(), &mem)),
-        true => Box::new(Pci::new(device, thread(), &mem)),
-    };
-    let mut guest = Guest {
-        driver: Driver::new(registers, mem),
-        next: 0,
-        descriptors: Vec::new(),
-    };
-    guest.start(program.set_up);
-    for action in program.actions.0 {
-        match action {
-            Action::Request { request, indirect } => {
-                let chain = subject.chain(request);
-                guest.request(&chain, indirect);
-            }
-            Action::Host(action) => {
-                subject.host(action, &mut guest);
-                guest.wait();
-            }
-            action => guest.act(action),
-        }
-    }
+    let (mut subject, mut guest) = Guest::of::<S>(&program);
+    guest.run(&mut subject, program.actions.0);
     guest.wait();
     guest.driver.start(u64::MAX, 16);
     subject.check(&mut guest.driver);
 }
 
 impl Guest {
+    /// The device that a program begins with, and its guest, which has begun to drive it.
+    pub(crate) fn of<S: Subject>(program: &Program<S::Request, S::Host>) -> (S, Self) {
+        let (subject, device) = S::new(program.variant);
+        let ranges = REGIONS.map(|(start, size)| (GuestAddress(start), size as usize));
+        let mem = GuestMemory::from_ranges(&ranges).expect("guest memory");
+        let mut guest = Self {
+            driver: Driver::new(make(program.pci, device, &mem), mem),
+            next: 0,
+            descriptors: Vec::new(),
+        };
+        guest.start(program.set_up);
+        (subject, guest)
+    }
+
+    /// Do these.
+    pub(crate) fn run<S: Subject>(
+        &mut self,
+        subject: &mut S,
+        actions: Vec<Action<S::Request, S::Host>>,
+    ) {
+        for action in actions {
+            match action {
+                Action::Request { request, indirect } => {
+                    let chain = subject.chain(request);
+                    self.request(&chain, indirect);
+                }
+                Action::Host(action) => {
+                    subject.host(action, self);
+                    self.wait();
+                }
+                action => self.act(action),
+            }
+        }
+    }
+
     fn start(&mut self, set_up: SetUp) {
         self.driver.set_up(!set_up.without, 1 << (set_up.size % 9));
         self.driver.registers.set_status(15);
@@ -245,7 +269,9 @@ impl Guest {
             core.save();
         });
         self.with_device(what);
-        self.driver.registers.with_core(&mut |core| core.resume());
+        self.driver.registers.with_core(&mut |core| {
+            core.resume();
+        });
     }
 
     /// Lay a chain out, make it available, and ring.

@@ -10,5 +10,7 @@ pub mod bytes;
 pub mod echo;
 pub mod entropy;
 pub mod guest;
+pub mod json;
 pub mod net;
+pub mod saved;
 pub mod vsock;

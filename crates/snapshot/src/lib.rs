@@ -48,6 +48,9 @@ pub const VERSION: u32 = 1;
 /// Longest first line, and longest state: far more than 64 vCPUs and all devices have.
 const MOST_HEADER: u64 = 4096;
 const MOST_STATE: u64 = 64 << 20;
+/// Most values in a state, which take up to forty times the memory of their text; texts take no more than that. A state of 64 vCPUs has
+/// less than a tenth of it.
+const MOST_VALUES: usize = 1 << 20;
 
 /// Why a snapshot's file could not be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -236,11 +239,38 @@ fn line_for(body: &[u8], memory: Option<String>) -> Result<Vec<u8>, serde_json::
 /// Read a state file.
 pub fn read_state<T: DeserializeOwned>(path: &Path) -> Result<(Header, T), Error> {
     let (header, body) = read_parts(path)?;
-    let state = serde_json::from_slice(&body).map_err(|source| Error::Content {
+    let content = |source| Error::Content {
         path: path.into(),
         source,
-    })?;
+    };
+    // Each takes a byte at least, so that there is nothing to count in what is as small as mostly.
+    if body.len() > MOST_VALUES && has_more_values(&body, MOST_VALUES) {
+        let why = format!("it has more than {MOST_VALUES} values");
+        return Err(content(serde::de::Error::custom(why)));
+    }
+    let state = serde_json::from_slice(&body).map_err(content)?;
     Ok((header, state))
+}
+
+/// Whether JSON has more values than `most`, as far as it is JSON: each but the first is behind a comma or a bracket.
+fn has_more_values(json: &[u8], most: usize) -> bool {
+    let mut count = 0;
+    let mut bytes = json.iter();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b',' | b'[' | b'{' => count += 1,
+            b'"' => {
+                // To the end of the text; behind a backslash any byte belongs to it.
+                while let Some(byte) = bytes.next().filter(|byte| **byte != b'"') {
+                    if *byte == b'\\' {
+                        bytes.next();
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    count > most
 }
 
 /// The first line of a state file, and what follows, which is whole.

@@ -123,7 +123,8 @@ impl Pages {
         text
     }
 
-    /// From text; None when it is none of these, or speaks of a page behind 2^52 of them.
+    /// From text; None when it is none of these, or speaks of a page behind 2^52 of them, or has more runs than any that was written:
+    /// each takes eight times the memory of its text.
     pub fn of_text(text: &str) -> Option<Self> {
         let number = |digits: &str| {
             // No sign.
@@ -138,6 +139,9 @@ impl Pages {
             let count = number(more)?.checked_add(1)?;
             end = first.checked_add(count).filter(|&end| end <= 1 << 52)?;
             pages.push(Run { first, count });
+            if pages.0.len() > MOST_RUNS {
+                return None;
+            }
         }
         Some(pages)
     }
@@ -204,6 +208,17 @@ mod tests {
         ] {
             assert_eq!(Pages::of_text(text), None, "{text:?}");
         }
+    }
+
+    #[test]
+    fn no_more_runs_are_read_than_are_written() {
+        let most = "1,".repeat(MOST_RUNS);
+        let most = most.trim_end_matches(',');
+        assert_eq!(Pages::of_text(most).unwrap().runs().len(), MOST_RUNS);
+        assert_eq!(Pages::of_text(&format!("{most},1")), None);
+        // Those that touch are one.
+        let one = Pages::of_text(&format!("{most},0,0+5")).unwrap();
+        assert_eq!(one.runs().len(), MOST_RUNS);
     }
 
     #[test]

@@ -121,3 +121,25 @@ fn memory_is_sparse_and_replaces_the_old_file_whole() {
     drop(MemoryFile::create(&path, 1 << 20).unwrap());
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 }
+
+/// Values take much more memory than their text.
+#[test]
+fn a_state_of_too_many_values_is_refused_and_a_long_text_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("state");
+    let read = |state: serde_json::Value| {
+        write_state(&path, &state).unwrap();
+        read_state::<serde_json::Value>(&path).map(|(_, read)| assert_eq!(read, state))
+    };
+    let many = vec![serde_json::json!([0]); MOST_VALUES / 2 + 1];
+    let refused = read(serde_json::json!({ "config": many })).unwrap_err();
+    let why = std::error::Error::source(&refused).map(ToString::to_string);
+    assert!(why.is_some_and(|why| why.contains("1048576 values")));
+    read(vec![0; MOST_VALUES - 1].into()).unwrap();
+    // Commas, brackets and quotes of a text are none.
+    let text = r#"[,{\"\\"#.repeat(MOST_VALUES / 2);
+    read(serde_json::json!({ "pages": text, "more": [1, { "a": 2 }] })).unwrap();
+    assert!(has_more_values(br#"["\\",1,"\",,,",{}"#, 3));
+    assert!(!has_more_values(br#"["\\",1,"\",,,",{}"#, 5));
+    assert!(!has_more_values(br#""\"#, 0));
+}

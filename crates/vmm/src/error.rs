@@ -303,5 +303,52 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         }
         source = cause.source();
     }
-    text
+    printable(text)
+}
+
+/// Most bytes of a message.
+const MOST_SAID: usize = 4096;
+
+/// One line, and not too long: a file of somebody else's may have any text where a name should be.
+pub fn printable(mut text: String) -> String {
+    if text.len() > MOST_SAID {
+        text.truncate(text.floor_char_boundary(MOST_SAID));
+        text.push_str(" ...");
+    }
+    if !text.contains(char::is_control) {
+        return text;
+    }
+    let parts = text.split_inclusive(char::is_control);
+    let shown = parts.map(|part| match part.char_indices().next_back() {
+        Some((at, last)) if last.is_control() => {
+            let before = part.get(..at).unwrap_or_default();
+            format!("{before}{}", last.escape_default())
+        }
+        _ => part.to_owned(),
+    });
+    shown.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_one_line_whatever_a_file_says() {
+        let json: Result<[u8; 1], _> = serde_json::from_str(r#"["a\u001b]0;x\u0007\nb\u0085"]"#);
+        let json = json.unwrap_err();
+        let e = Error::Json(format!("é {json} \u{1b}[2J\r\n"));
+        let said = chain(&e);
+        assert!(!said.contains(char::is_control), "{said:?}");
+        assert!(
+            said.contains("é ") && said.ends_with("\\u{1b}[2J\\r\\n"),
+            "{said}"
+        );
+        let long = chain(&Error::Json("é".repeat(100_000)));
+        assert!(
+            long.len() <= MOST_SAID + 4 && long.ends_with("é ..."),
+            "{}",
+            long.len()
+        );
+    }
 }

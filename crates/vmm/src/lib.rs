@@ -8,6 +8,8 @@ mod changes;
 mod devices;
 mod error;
 mod footprint;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod generation;
 mod host;
 mod lifecycle;

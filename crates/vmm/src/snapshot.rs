@@ -2,7 +2,7 @@
 
 use crate::changes::Base;
 use crate::devices::{self, Devices};
-use crate::error::Error;
+use crate::error::{Error, printable};
 use crate::memory::GuestMemory;
 use crate::platform::Platform;
 use crate::working_set;
@@ -303,13 +303,14 @@ pub fn describe_snapshot(path: &Path) -> Result<String, Error> {
         (None, Some(id)) => format!("complete, called {id}\n"),
         (None, None) => String::new(),
     };
+    let kernel = config.boot_source.kernel_image_path.display();
     Ok(format!(
         "a snapshot of version {}, by husk {}\n{} vCPUs, {} MiB of memory, booted from {}\n{lineage}",
         header.version,
-        header.husk,
+        printable(header.husk),
         snapshot.vcpus.len(),
         snapshot.memory_size >> 20,
-        config.boot_source.kernel_image_path.display(),
+        printable(kernel.to_string()),
     ))
 }
 

@@ -459,8 +459,8 @@ impl VirtioDevice for Balloon {
             number("hint_from_guest"),
         );
         let (Some(actual), Some(command), Some(from_guest)) = numbers else {
-            let why = format!("the balloon cannot go on from {state}");
-            return Err(DeviceError::Unsupported(why));
+            let why = "the balloon cannot go on from what was saved";
+            return Err(DeviceError::Unsupported(why.into()));
         };
         self.config.set(ACTUAL, &actual.to_le_bytes());
         self.set_hint_command(command);

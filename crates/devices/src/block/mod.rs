@@ -100,8 +100,8 @@ pub enum Error {
     )]
     Smaller(PathBuf, u64, u64),
     /// A saved disk that is none.
-    #[error("the disk {0} cannot go on from {1}")]
-    State(PathBuf, DeviceState),
+    #[error("the disk {0} cannot go on from what was saved: it lacks a size that a disk has")]
+    State(PathBuf),
     /// io_uring was asked for, and there is none.
     #[error("io_uring cannot be set up for the disk {0}; choose the engine Sync or Auto")]
     IoUring(PathBuf, #[source] std::io::Error),
@@ -313,7 +313,7 @@ impl Block {
         let blocks = number("block_size").and_then(|size| u32::try_from(size).ok());
         let blocks = blocks.filter(|size| size.is_power_of_two() && (512..=4096).contains(size));
         let (Some(capacity), Some(blocks)) = (number("capacity"), blocks) else {
-            return Err(Error::State(path, state.clone()));
+            return Err(Error::State(path));
         };
         if self.disk.block_size > blocks {
             return Err(Error::Blocks(path, self.disk.block_size, blocks));

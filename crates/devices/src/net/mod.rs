@@ -497,7 +497,7 @@ impl VirtioDevice for Net {
         let plugged = state.get("plugged").and_then(|plugged| plugged.as_bool());
         let (Some(pairs), Some(plugged)) = (pairs, plugged) else {
             return Err(DeviceError::Unsupported(format!(
-                "the network interface {} cannot go on from {state}",
+                "the network interface {} cannot go on from what was saved",
                 self.name
             )));
         };

@@ -112,7 +112,7 @@ impl Serial {
     pub fn restore(&self, registers: Registers) {
         let interrupt = {
             let mut current = self.lock();
-            *current = registers;
+            *current = registers.checked();
             current.interrupts(&self.wire)
         };
         if interrupt {

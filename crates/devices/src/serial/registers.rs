@@ -103,6 +103,14 @@ impl Default for Registers {
 }
 
 impl Registers {
+    /// What a guest can have made of them; those of a snapshot may say anything.
+    pub(super) fn checked(mut self) -> Self {
+        self.ier &= IER_BITS;
+        self.mcr &= MCR_BITS;
+        self.looped.truncate(FIFO_SIZE);
+        self
+    }
+
     /// Whether a write to THR goes out of the machine (not looped back, not to the divisor).
     pub(super) fn transmits(&self) -> bool {
         self.lcr & LCR_DLAB == 0 && !self.loopback()

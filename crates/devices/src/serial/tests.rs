@@ -423,6 +423,19 @@ fn the_registers_survive_a_snapshot() {
 }
 
 #[test]
+fn registers_of_a_snapshot_are_no_more_than_those_of_a_uart() {
+    let bench = bench();
+    let mut state = serde_json::to_value(bench.serial.registers()).unwrap();
+    state["looped"] = vec![7u8; 1000].into();
+    state["mcr"] = 0xff.into();
+    state["ier"] = 0xff.into();
+    bench.serial.restore(serde_json::from_value(state).unwrap());
+    assert_eq!((bench.read(MCR), bench.read(IER)), (0x1f, 0x0f));
+    let waiting = std::iter::from_fn(|| (bench.read(LSR) & 1 != 0).then(|| bench.read(RBR)));
+    assert_eq!(waiting.count(), 16);
+}
+
+#[test]
 fn every_offset_and_length_is_accepted() {
     let bench = bench();
     for offset in (0..10).chain([u64::MAX - 1, u64::MAX]) {
