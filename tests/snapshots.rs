@@ -339,7 +339,7 @@ fn a_guest_goes_on_from_a_chain_of_diffs() {
         let turns = said
             .lines()
             .filter_map(|line| line.trim().strip_prefix("turn "));
-        turn = turns.last().unwrap().parse().unwrap();
+        turn = turns.next_back().unwrap().parse().unwrap();
     }
     served.done("PATCH", "/vm", json!({ "state": "Resumed" }));
     served.vm.send(b"end\n");

@@ -57,7 +57,7 @@ fn a_process_that_is_killed_leaves_the_old_snapshot_or_the_new_one() {
     for turn in 0..KILLS {
         let socket = own.path().join(format!("api{turn}"));
         let arguments = ["restore", text(dir.path()), "--api-sock", text(&socket)];
-        let mut vm = Vm::start(&mut husk().args(arguments), LIMIT);
+        let mut vm = Vm::start(husk().args(arguments), LIMIT);
         crate::api::wait_for(&socket, &vm);
         vm.stdout_reaches(200);
         let ask = |method, path, body: serde_json::Value| {
@@ -98,7 +98,7 @@ fn a_process_that_is_killed_leaves_the_old_snapshot_or_the_new_one() {
     // What they left goes with the next one.
     let socket = own.path().join("last");
     let arguments = ["restore", text(dir.path()), "--api-sock", text(&socket)];
-    let mut vm = Vm::start(&mut husk().args(arguments), LIMIT);
+    let mut vm = Vm::start(husk().args(arguments), LIMIT);
     crate::api::wait_for(&socket, &vm);
     vm.stdout_reaches(200);
     command(&["snapshot", "-s", text(&socket), text(dir.path())]).expect_status(0);

@@ -402,7 +402,7 @@ impl Vm {
             return self.dismantle();
         };
         handler.end_watch();
-        let abandon_memory = handler.last_resort();
+        let let_go = handler.last_resort();
         let shared = Arc::clone(&self.shared);
         // Its memory must not go when there is no thread to take it down on.
         let vm = Arc::new(Mutex::new(Some(self)));
@@ -426,9 +426,11 @@ impl Vm {
             _ => DOWN_LIMIT,
         };
         if let Ok(outcome) = stopped.recv_timeout(limit) {
+            // KVM has workers of its own that wait for pages, and its VM may be kept a little longer.
+            let_go(false);
             return outcome;
         }
-        abandon_memory();
+        let_go(true);
         match shared.lifecycle.outcome() {
             // It cannot start again here.
             None | Some(Outcome::Reset) => Outcome::Memory("pages of it do not come".into()),

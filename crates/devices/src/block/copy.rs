@@ -84,7 +84,13 @@ mod tests {
     fn a_copy_has_the_data_and_the_holes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
-        let image = File::create(&path).unwrap();
+        let mut options = File::options();
+        let image = options
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .unwrap();
         image.set_len(64 << 20).unwrap();
         for at in [0, 1 << 20, (64 << 20) - 4096] {
             image.write_all_at(&[at as u8 | 1; 4096], at).unwrap();

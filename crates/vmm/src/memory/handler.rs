@@ -148,10 +148,13 @@ impl PageHandler {
         }
     }
 
-    /// What lets those go on that wait for pages which do not come, when the process is about to end.
-    pub fn last_resort(&self) -> impl FnOnce() + use<> {
+    /// What lets those go on that wait for pages which do not come, when the process is about to end: told whether memory is still there.
+    pub fn last_resort(&self) -> impl FnOnce(bool) + use<> {
         let line = Arc::clone(&self.line);
-        move || line.userfault.abandon(&line.slots)
+        move |is_there| match is_there {
+            true => line.userfault.abandon(&line.slots),
+            false => line.userfault.wake(&line.slots),
+        }
     }
 
     /// Wait until all pages of `ranges` are there.

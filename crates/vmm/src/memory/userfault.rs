@@ -104,14 +104,19 @@ impl Userfault {
                         | rustix::mm::MapFlags::NORESERVE,
                 )
             };
-            let mut span = Span {
-                start: host,
-                length: size,
-            };
+            if let Err(e) = taken {
+                log::debug!("lost memory cannot be taken away: {e}");
+            }
+        }
+        self.wake(slots);
+    }
+
+    /// Let those look again that wait for a page of `slots`: KVM's workers, for memory that is gone.
+    pub fn wake(&self, slots: &[(u64, u64)]) {
+        for &(start, length) in slots {
+            let mut span = Span { start, length };
             // SAFETY: UFFDIO_WAKE takes a struct uffdio_range, which is what this is, and writes nothing.
-            let woken = taken.and_then(|_| unsafe {
-                ioctl(&self.0, Updater::<UFFDIO_WAKE, Span>::new(&mut span))
-            });
+            let woken = unsafe { ioctl(&self.0, Updater::<UFFDIO_WAKE, Span>::new(&mut span)) };
             if let Err(e) = woken {
                 log::debug!("who waits for lost memory is not woken: {e}");
             }
