@@ -336,7 +336,7 @@ fn a_guest_goes_on_from_a_chain_of_diffs() {
             std::fs::remove_dir_all(dir).unwrap();
         }
         let said = String::from_utf8_lossy(&served.vm.stdout.bytes()).into_owned();
-        let turns = said
+        let mut turns = said
             .lines()
             .filter_map(|line| line.trim().strip_prefix("turn "));
         turn = turns.next_back().unwrap().parse().unwrap();
