@@ -18,7 +18,6 @@ use common::pages::{self, Answer, Pages};
 use common::{Vm, husk, temp_dir, text};
 use husk_api::client;
 use serde_json::{Value, json};
-use std::io::Write as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -223,12 +222,10 @@ fn a_guest_goes_on_with_memory_that_another_process_gives_and_in_huge_pages() {
         served.done("PUT", "/snapshot/load", load);
         turn += 2;
         served.vm.expect(&format!("turn {turn} at "));
-        writeln!(std::io::stderr(), "goes on with {backend} and {huge_pages}").unwrap();
     }
     served.vm.send(b"end\n");
     served.vm.expect("with 2 processors");
     served.vm.finish().expect_status(0);
-    writeln!(std::io::stderr(), "and ends").unwrap();
     std::fs::write(POOL, before).unwrap();
     // And one that dies: no thread of the monitor's, or of the kernel's behalf of KVM, waits for ever.
     let socket = dir.path().join("dying");
