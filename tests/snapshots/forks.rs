@@ -3,10 +3,11 @@
 use crate::common::guest::{Kernel, LIMIT};
 use crate::common::{Vm, temp_dir, text};
 use crate::help::{guest, words};
-use crate::host::make_image;
+use crate::host::{command, make_image};
 use husk_api::client;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
+use std::process::Command;
 use std::time::Instant;
 
 /// Waits until it is another VM than it was. Then it says its random number, context ID and what it finds on its disk and in its memory,
@@ -15,6 +16,7 @@ const SCRIPT: &str = "
 mount -t tmpfs none /tmp
 echo nobody >/tmp/mine
 echo nobody | dd of=/dev/vda bs=512 conv=sync,fsync 2>/dev/null
+SETUP
 more() { MORE; }
 echo waits
 while ! dmesg | grep -q 'virtual machine fork'; do
@@ -47,12 +49,22 @@ impl Drop for Clones {
     }
 }
 
+/// What a guest does besides, and how it is started and cloned.
+struct Plan<'a> {
+    setup: &'a str,
+    /// What a clone has to say more, each word behind a space.
+    more: &'a str,
+    flags: &'a [&'a str],
+    order: Value,
+}
+
 /// A guest that runs, and clones of it.
-fn forked(kernel: &Kernel, more: &str, flags: &[&str], order: Value) -> Clones {
+fn forked(kernel: &Kernel, plan: Plan) -> Clones {
     let dir = temp_dir();
     let (image, socket) = (dir.path().join("image"), dir.path().join("api"));
     make_image(&image, 16 << 20);
-    let guest = guest(kernel, &SCRIPT.replace("MORE", more));
+    let script = SCRIPT.replace("SETUP", plan.setup);
+    let guest = guest(kernel, &script.replace("MORE", plan.more));
     let vsock = format!("cid=10,uds={}", dir.path().join("vsock").display());
     let memory = format!("{}M", kernel.least_mib);
     let own = [
@@ -65,9 +77,12 @@ fn forked(kernel: &Kernel, more: &str, flags: &[&str], order: Value) -> Clones {
         "--api-sock",
         text(&socket),
     ];
-    let mut vm = guest.start(&words("--cmdline quiet --entropy", &[&own, flags].concat()));
+    let mut vm = guest.start(&words(
+        "--cmdline quiet --entropy",
+        &[&own, plan.flags].concat(),
+    ));
     vm.expect("waits\n");
-    let mut order = order;
+    let mut order = plan.order;
     order["console"] = json!(dir.path().join("console-{n}"));
     order["log"] = json!(dir.path().join("log-{n}"));
     let response = client::request(&socket, "PUT", "/husk/fork", &order.to_string());
@@ -146,6 +161,86 @@ fn check(mut clones: Clones, count: usize, each: impl Fn(usize, &[String])) {
 
 #[test]
 fn a_hundred_clones_are_somebody_each() {
-    let order = json!({ "count": 100 });
-    check(forked(&Kernel::minimal(), ":", &[], order), 100, |_, _| ());
+    let plan = Plan {
+        setup: "",
+        more: ":",
+        flags: &[],
+        order: json!({ "count": 100 }),
+    };
+    check(forked(&Kernel::minimal(), plan), 100, |_, _| ());
+}
+
+/// Taps for a VM and its clones, each with a network of its own; they are removed at the end.
+struct Taps;
+
+impl Taps {
+    fn new() -> Self {
+        for n in 0..4 {
+            let name = format!("clone{n}");
+            command("ip", &["tuntap", "add", &name, "mode", "tap"]);
+            command(
+                "ip",
+                &["addr", "add", &format!("10.77.{n}.1/24"), "dev", &name],
+            );
+            command("ip", &["link", "set", &name, "up"]);
+        }
+        Self
+    }
+}
+
+impl Drop for Taps {
+    fn drop(&mut self) {
+        for n in 0..4 {
+            let name = format!("clone{n}");
+            let _ = Command::new("ip").args(["link", "del", &name]).output();
+        }
+    }
+}
+
+/// On PCI, with the metadata by which a guest learns who it is: what a hook would do with it.
+#[test]
+fn clones_learn_who_they_are_and_are_on_networks_of_their_own() {
+    let _taps = Taps::new();
+    let dir = temp_dir();
+    let metadata = dir.path().join("metadata");
+    std::fs::write(&metadata, r#"{"of":"all"}"#).unwrap();
+    let plan = Plan {
+        setup: "
+ip addr add 10.77.0.2/24 dev eth0
+ip link set eth0 up
+ip route add 169.254.169.254 dev eth0
+fetch() { wget -q -T 20 -O - http://169.254.169.254/$1; }",
+        more: "
+hostname $(fetch husk/id)
+n=$(fetch husk/clone)
+all=$(fetch of)
+ip addr flush dev eth0
+ip addr add 10.77.$n.2/24 dev eth0
+ping -c 1 -W 20 10.77.$n.1 >/dev/null && echo \" $(hostname) $all reaches $n\"
+",
+        flags: &[
+            "--pci",
+            "--net",
+            "tap=clone0",
+            "--metadata",
+            text(&metadata),
+        ],
+        order: json!({
+            "count": 3,
+            "id": "web-{n}",
+            "network_overrides": [{ "iface_id": "eth0", "host_dev_name": "clone{n}" }],
+        }),
+    };
+    check(forked(&Kernel::minimal(), plan), 3, |n, more| {
+        let wanted = [
+            format!("web-{n}"),
+            "all".into(),
+            "reaches".into(),
+            n.to_string(),
+        ];
+        assert_eq!(more, wanted);
+        let received = format!("/sys/class/net/clone{n}/statistics/rx_bytes");
+        let received = std::fs::read_to_string(received).unwrap();
+        assert_ne!(received.trim(), "0", "clone {n} is not on its own network");
+    });
 }

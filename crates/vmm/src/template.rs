@@ -108,6 +108,9 @@ impl Template {
             opened.drives.insert(id, Disk::Own(Box::new(block)));
         }
         // By this a hook in the guest learns who it is.
+        if metadata.is_null() && saved.config.mmds_config.is_some() {
+            metadata = serde_json::json!({});
+        }
         if let serde_json::Value::Object(fields) = &mut metadata {
             let own = serde_json::json!({ "id": clone.id, "clone": clone.number });
             fields.insert("husk".into(), own);

@@ -264,7 +264,12 @@ impl Line {
         );
         loop {
             let faults = self.userfault.as_fd();
-            let told = self.wait([&faults, &process.as_fd()], PollFlags::IN, None)?;
+            let told = self.wait([&faults, &process.as_fd()], PollFlags::IN, Some(UNREAD))?;
+            if told.iter().all(|told| told.is_empty()) {
+                // Faults that were read and never answered are told anew: somebody who answers reads them again.
+                self.userfault.wake(&self.slots);
+                continue;
+            }
             let since = Instant::now();
             while self.is_told(&faults, Duration::ZERO)? {
                 if self.is_told(process, LOOK_AGAIN)? {
