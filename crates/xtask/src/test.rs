@@ -319,16 +319,22 @@ struct Share<'a> {
     tests: Vec<String>,
 }
 
-/// The names of a program's tests, as its filter in `args` leaves them.
+/// The names of a program's tests, as its filter in `args` leaves them; without those that are no tests by themselves.
 fn list(program: &TestProgram, args: &[String]) -> Result<Vec<String>> {
-    let output = Command::new(&program.executable)
-        .args(args)
-        .args(["--list", "--format", "terse"])
-        .output()
-        .with_context(|| format!("cannot start {}", program.executable.display()))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let names = text.lines().filter_map(|line| line.strip_suffix(": test"));
-    Ok(names.map(str::to_owned).collect())
+    let ask = |more: &[&str]| -> Result<Vec<String>> {
+        let output = Command::new(&program.executable)
+            .args(args)
+            .args(["--list", "--format", "terse"])
+            .args(more)
+            .output()
+            .with_context(|| format!("cannot start {}", program.executable.display()))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let names = text.lines().filter_map(|line| line.strip_suffix(": test"));
+        Ok(names.map(str::to_owned).collect())
+    };
+    let ignored = ask(&["--ignored"])?;
+    let all = ask(&[])?.into_iter();
+    Ok(all.filter(|name| !ignored.contains(name)).collect())
 }
 
 /// Runs what no other host has claimed, on an emulated host. One that dies is replaced: a program cannot hang a sound kernel,

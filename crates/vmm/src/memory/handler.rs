@@ -264,27 +264,21 @@ impl Line {
         );
         loop {
             let faults = self.userfault.as_fd();
-            let told = self.wait([&faults, &process.as_fd()], PollFlags::IN, Some(UNREAD))?;
-            if told.iter().all(|told| told.is_empty()) {
-                // Faults that were read and never answered are told anew: somebody who answers reads them again.
-                self.userfault.wake(&self.slots);
-                continue;
-            }
-            let since = Instant::now();
-            while self.is_told(&faults, Duration::ZERO)? {
+            let before = self.userfault.resident(&self.slots);
+            let (since, mut is_waited) = (Instant::now(), false);
+            while since.elapsed() < UNREAD {
                 if self.is_told(process, LOOK_AGAIN)? {
                     return Some(self.gone("has gone"));
                 }
-                if since.elapsed() >= UNREAD {
-                    return Some(self.gone("has closed its connection and answers no more"));
-                }
+                is_waited |= self.is_told(&faults, Duration::ZERO)?;
             }
-            // Whoever has the descriptor may have made it one that cannot be polled.
-            if told.first() == Some(&PollFlags::ERR) {
-                self.wait([process], PollFlags::IN, None)?;
+            // One vCPU that is kicked meanwhile asks again and again. So it counts whether any page came.
+            if is_waited && self.userfault.resident(&self.slots) == before {
+                return Some(self.gone("has closed its connection and answers no more"));
             }
-            if self.is_told(process, Duration::ZERO)? {
-                return Some(self.gone("has gone"));
+            if !is_waited {
+                // Faults that were read and never answered are told anew: somebody who answers reads them again.
+                self.userfault.wake(&self.slots);
             }
         }
     }

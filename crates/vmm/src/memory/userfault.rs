@@ -111,6 +111,28 @@ impl Userfault {
         self.wake(slots);
     }
 
+    /// How many pages of `slots` are there.
+    pub fn resident(&self, slots: &[(u64, u64)]) -> u64 {
+        const PAGES: u64 = 1 << 18;
+        const PAGE: u64 = 4096;
+        let mut states = vec![0u8; PAGES as usize];
+        let mut count = 0;
+        for &(host, size) in slots {
+            let pieces = (0..size).step_by((PAGES * PAGE) as usize);
+            for (at, length) in pieces.map(|at| (host + at, (size - at).min(PAGES * PAGE))) {
+                // SAFETY: mincore writes a byte for each page of the range, for which there is room, and reads nothing.
+                let result = unsafe {
+                    libc::mincore(at as *mut _, length as usize, states.as_mut_ptr().cast())
+                };
+                let told = states.iter().take(length.div_ceil(PAGE) as usize);
+                if result == 0 {
+                    count += told.filter(|&&state| state & 1 != 0).count() as u64;
+                }
+            }
+        }
+        count
+    }
+
     /// Let those look again that wait for a page of `slots`: KVM's workers, for memory that is gone.
     pub fn wake(&self, slots: &[(u64, u64)]) {
         for &(start, length) in slots {
