@@ -64,7 +64,7 @@ fn forked(kernel: &Kernel, plan: Plan) -> Clones {
     let (image, socket) = (dir.path().join("image"), dir.path().join("api"));
     make_image(&image, 16 << 20);
     let script = SCRIPT.replace("SETUP", plan.setup);
-    let guest = guest(kernel, &script.replace("MORE", plan.more));
+    let guest = guest(kernel, &script.replace("MORE", plan.more.trim()));
     let vsock = format!("cid=10,uds={}", dir.path().join("vsock").display());
     let memory = format!("{}M", kernel.least_mib);
     let own = [
@@ -142,7 +142,8 @@ fn check(mut clones: Clones, count: usize, each: impl Fn(usize, &[String])) {
         assert_eq!(*cid, (10 + n).to_string(), "{words:?}");
         let found = (memory.as_str(), disk.as_str());
         assert_eq!(found, ("nobody", "nobody"), "{words:?}");
-        assert_eq!((my_memory, my_disk), (who, who), "{words:?}");
+        let console = std::fs::read_to_string(clones.dir.path().join(format!("console-{n}")));
+        assert_eq!((my_memory, my_disk), (who, who), "{words:?} {console:?}");
         each(n, more);
         let is_new = all.insert(who.clone());
         assert!(is_new, "two clones have the same random numbers: {words:?}");
@@ -209,14 +210,14 @@ fn clones_learn_who_they_are_and_are_on_networks_of_their_own() {
 ip addr add 10.77.0.2/24 dev eth0
 ip link set eth0 up
 ip route add 169.254.169.254 dev eth0
-fetch() { wget -q -T 20 -O - http://169.254.169.254/$1; }",
+fetch() { printf \"GET /$1 HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n\" | timeout 20 nc 169.254.169.254 80 | tail -n 1; }",
         more: "
 hostname $(fetch husk/id)
 n=$(fetch husk/clone)
 all=$(fetch of)
 ip addr flush dev eth0
 ip addr add 10.77.$n.2/24 dev eth0
-ping -c 1 -W 20 10.77.$n.1 >/dev/null && echo \" $(hostname) $all reaches $n\"
+echo \" $(hostname) $all $(ping -c 1 -W 20 10.77.$n.1 >/dev/null && echo reaches) $n\"
 ",
         flags: &[
             "--pci",
@@ -238,7 +239,7 @@ ping -c 1 -W 20 10.77.$n.1 >/dev/null && echo \" $(hostname) $all reaches $n\"
             "reaches".into(),
             n.to_string(),
         ];
-        assert_eq!(more, wanted);
+        assert_eq!(more, wanted, "clone {n}");
         let received = format!("/sys/class/net/clone{n}/statistics/rx_bytes");
         let received = std::fs::read_to_string(received).unwrap();
         assert_ne!(received.trim(), "0", "clone {n} is not on its own network");

@@ -112,7 +112,7 @@ impl Template {
             metadata = serde_json::json!({});
         }
         if let serde_json::Value::Object(fields) = &mut metadata {
-            let own = serde_json::json!({ "id": clone.id, "clone": clone.number });
+            let own = serde_json::json!({ "id": clone.id, "clone": clone.number.to_string() });
             fields.insert("husk".into(), own);
         }
         Ok((saved, metadata))
