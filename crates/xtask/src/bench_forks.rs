@@ -277,11 +277,19 @@ fn private_kb(pid: Pid) -> Result<f64> {
 
 /// The process group of a template's process, and of its clones, which are nobody's children.
 fn group_of_child(parent: u32) -> Result<u32> {
-    fs::read_dir("/proc")
-        .context("cannot read /proc")?
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .find(|pid| is_leader_of(*pid, parent))
-        .context("husk serve has no process for its template")
+    let until = Instant::now() + Duration::from_secs(5);
+    loop {
+        let found = fs::read_dir("/proc")
+            .context("cannot read /proc")?
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .find(|pid| is_leader_of(*pid, parent));
+        match found {
+            Some(pid) => return Ok(pid),
+            // It leads a group a moment after it was forked.
+            None if Instant::now() < until => std::thread::sleep(Duration::from_millis(1)),
+            None => bail!("husk serve has no process for its template"),
+        }
+    }
 }
 
 /// Whether it is a child of `parent`, and leads a group of its own.
