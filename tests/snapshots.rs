@@ -67,6 +67,18 @@ impl Served {
     }
 
     #[track_caller]
+    fn boots(&self, kernel: &Kernel, guest: &Guest, machine: Value) {
+        let source = json!({
+            "kernel_image_path": kernel.image,
+            "initrd_path": guest.initrd(),
+            "boot_args": "console=ttyS0 reboot=panic_warm panic=-1 pci=off quiet",
+        });
+        self.done("PUT", "/boot-source", source);
+        self.done("PUT", "/machine-config", machine);
+        self.done("PUT", "/actions", json!({ "action_type": "InstanceStart" }));
+    }
+
+    #[track_caller]
     fn done(&self, method: &str, path: &str, body: Value) {
         let response = client::request(&self.socket, method, path, &body.to_string());
         let response = response.unwrap_or_else(|e| panic!("{e}\n{}", self.vm.report()));
@@ -96,15 +108,8 @@ fn a_guest_goes_on_with_its_memory_clock_and_processors(kernel: &Kernel, hears: 
     let guest = Guest::new(kernel, Some(SCRIPT));
     let dir = temp_dir();
     let mut served = Served::start();
-    let source = json!({
-        "kernel_image_path": kernel.image,
-        "initrd_path": guest.initrd(),
-        "boot_args": "console=ttyS0 reboot=panic_warm panic=-1 pci=off quiet",
-    });
-    served.done("PUT", "/boot-source", source);
     let machine = json!({ "vcpu_count": 2, "mem_size_mib": 256 });
-    served.done("PUT", "/machine-config", machine);
-    served.done("PUT", "/actions", json!({ "action_type": "InstanceStart" }));
+    served.boots(kernel, &guest, machine);
     served.vm.expect("turn 2 at ");
     served.vm.expect(" end");
     let mut turn = 2;
@@ -195,15 +200,8 @@ fn a_guest_goes_on_with_memory_that_another_process_gives_and_in_huge_pages() {
         }
     });
     let mut served = Served::start();
-    let source = json!({
-        "kernel_image_path": kernel.image,
-        "initrd_path": guest.initrd(),
-        "boot_args": "console=ttyS0 reboot=panic_warm panic=-1 pci=off quiet",
-    });
-    served.done("PUT", "/boot-source", source);
     let machine = json!({ "vcpu_count": 2, "mem_size_mib": 128 });
-    served.done("PUT", "/machine-config", machine);
-    served.done("PUT", "/actions", json!({ "action_type": "InstanceStart" }));
+    served.boots(&kernel, &guest, machine);
     served.vm.expect("turn 2 at ");
     let mut turn = 2;
     let handler = json!({ "backend_type": "Uffd", "backend_path": socket });
@@ -282,15 +280,8 @@ fn a_guest_goes_on_from_a_chain_of_diffs() {
     let guest = Guest::new(&kernel, Some(WRITES));
     let dir = temp_dir();
     let mut served = Served::start();
-    let source = json!({
-        "kernel_image_path": kernel.image,
-        "initrd_path": guest.initrd(),
-        "boot_args": "console=ttyS0 reboot=panic_warm panic=-1 pci=off quiet",
-    });
-    served.done("PUT", "/boot-source", source);
     let machine = json!({ "vcpu_count": 2, "mem_size_mib": 256, "track_dirty_pages": true });
-    served.done("PUT", "/machine-config", machine);
-    served.done("PUT", "/actions", json!({ "action_type": "InstanceStart" }));
+    served.boots(&kernel, &guest, machine);
     served.vm.expect("turn 1");
     let base = dir.path().join("base");
     let mut turn = 1;

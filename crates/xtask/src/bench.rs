@@ -559,6 +559,23 @@ fn ratio(own: &[Sample], base: &[Sample]) -> f64 {
     median(own.iter().zip(base).map(|(own, base)| own.ms / base.ms))
 }
 
+/// What a row is called, and how it is told of a turn.
+pub type Row<T> = (&'static str, fn(&T) -> f64);
+
+/// A line for each of `rows`: the least, the middle and the most of what it says of `turns`.
+pub fn print_rows<T>(turns: &[T], rows: &[Row<T>]) {
+    println!("{:44} {:>9} {:>9} {:>9}", "", "min", "median", "max");
+    for (name, value) in rows {
+        let values = || turns.iter().map(value);
+        println!(
+            "{name:44} {:9.2} {:9.2} {:9.2}",
+            values().fold(f64::INFINITY, f64::min),
+            median(values()),
+            values().fold(0.0, f64::max)
+        );
+    }
+}
+
 /// The middle value, or the mean of the middle two; not a number when there are none.
 pub fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();

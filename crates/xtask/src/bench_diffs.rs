@@ -2,7 +2,7 @@
 //!
 //! What each figure is: docs/performance.md.
 
-use crate::bench::{Verdict, median};
+use crate::bench::{self, Verdict, median};
 use crate::bench_api::{Client, Guard, PATIENCE, Served, ms_since, settled};
 use crate::bench_snapshots::{Bench, payload};
 use crate::host;
@@ -64,23 +64,13 @@ pub fn run(runs: u32, bench: &Bench<'_>, verdicts: &mut Vec<Verdict>) -> Result<
 }
 
 fn print_table(turns: &[Turn]) {
-    type Row = (&'static str, fn(&Turn) -> f64);
-    let rows: [Row; 4] = [
+    let rows: [bench::Row<Turn>; 4] = [
         ("PUT /snapshot/create, full, ms", |t| t.full_ms),
         ("PUT /snapshot/create, diff, ms", |t| t.create_ms),
         ("  written, KiB", |t| t.kib),
         ("  PATCH Paused to PATCH Resumed, ms", |t| t.pause_ms),
     ];
-    println!("{:44} {:>9} {:>9} {:>9}", "", "min", "median", "max");
-    for (name, value) in rows {
-        let values = || turns.iter().map(value);
-        println!(
-            "{name:44} {:9.2} {:9.2} {:9.2}",
-            values().fold(f64::INFINITY, f64::min),
-            median(values()),
-            values().fold(0.0, f64::max)
-        );
-    }
+    bench::print_rows(turns, &rows);
 }
 
 struct Guest {

@@ -90,8 +90,7 @@ pub fn run(runs: u32, husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> 
 }
 
 fn print_table(turns: &[Turn]) {
-    type Row = (&'static str, fn(&Turn) -> f64);
-    let rows: [Row; 11] = [
+    let rows: [bench::Row<Turn>; 11] = [
         ("spawn to first byte, overlapped floor, ms", |t| t.floor_ms),
         ("spawn to first byte, booting, ms", |t| t.boot_ms),
         ("  times the floor", |t| t.boot_ms / t.floor_ms),
@@ -108,16 +107,7 @@ fn print_table(turns: &[Turn]) {
         ("PUT /snapshot/create, full, ms", |t| t.create_ms),
         ("  written, KiB", |t| t.create_kib),
     ];
-    println!("{:44} {:>9} {:>9} {:>9}", "", "min", "median", "max");
-    for (name, value) in rows {
-        let values = || turns.iter().map(value);
-        println!(
-            "{name:44} {:9.2} {:9.2} {:9.2}",
-            values().fold(f64::INFINITY, f64::min),
-            median(values()),
-            values().fold(0.0, f64::max)
-        );
-    }
+    bench::print_rows(turns, &rows);
 }
 
 /// A payload kernel of the tests'.
