@@ -9,6 +9,7 @@ use crate::socket::ApiSocket;
 use crate::{Failure, logging, metrics};
 use husk_api::Refusal;
 use husk_config::{Answer, Fork};
+use husk_mmds::Mmds;
 use husk_sandbox::Filters;
 use husk_vmm::{CloneOf, Identity, Template, Vmm};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -403,6 +404,7 @@ impl Clone<'_> {
         });
         let options = Options {
             api,
+            mmds: Mmds::new(template.metadata_limit()),
             ..Options::new(Instant::now(), filters.clone(), identity)
         };
         let clone = CloneOf {
@@ -440,7 +442,9 @@ impl Clone<'_> {
     }
 
     fn tell(&self, error: Option<&str>) {
-        let cut = |text: &str| text.chars().take(ERROR / 4).collect::<String>();
+        // What JSON would write in six characters is nothing to read.
+        let plain = |text: &str| text.replace(char::is_control, "?");
+        let cut = |text: &str| plain(text).chars().take(ERROR / 4).collect::<String>();
         let mut report = json!({ "n": self.number, "pid": std::process::id() });
         if let Some(error) = error {
             report["error"] = cut(error).into();

@@ -35,6 +35,11 @@ impl Mmds {
         })
     }
 
+    /// How many bytes it takes.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
     /// Replace everything. An error changes nothing.
     pub fn put(&self, value: Value) -> Result<(), StoreError> {
         self.check(&value)?;

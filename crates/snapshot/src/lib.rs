@@ -21,11 +21,13 @@
 mod lineage;
 mod merge;
 mod pages;
+mod sparse;
 mod working_set;
 
 pub use lineage::{Diff, Lineage};
 pub use merge::{MEMORY, Merged, STATE, merge};
 pub use pages::{PAGE, Pages, Run};
+pub use sparse::copy_file;
 pub use working_set::WorkingSet;
 
 use rustix::fs::{FlockOperation, Mode, OFlags, fdatasync, flock, ftruncate, open};

@@ -2,10 +2,10 @@
 
 use crate::lineage::Lineage;
 use crate::pages::{PAGE, Pages, Run};
+use crate::sparse::{PIECE, copy, copy_file, each_extent};
 use crate::{Error, identity, open_memory_of, read_state, write_state};
 use rustix::fs::{
-    FallocateFlags, FlockOperation, RenameFlags, SeekFrom, copy_file_range, fallocate, fdatasync,
-    flock, fsync, ftruncate, ioctl_ficlone, renameat_with, seek,
+    FallocateFlags, FlockOperation, RenameFlags, fallocate, fdatasync, flock, fsync, renameat_with,
 };
 use rustix::io::Errno;
 use serde_json::Value;
@@ -19,9 +19,6 @@ use std::path::{Path, PathBuf};
 pub const STATE: &str = "state";
 /// The same.
 pub const MEMORY: &str = "memory";
-
-/// Bytes that are copied at once where the host's kernel does not.
-const PIECE: usize = 1 << 20;
 
 /// What became of a merge.
 #[derive(Debug, PartialEq, Eq)]
@@ -238,16 +235,7 @@ impl Workshop {
                 .create_new(true)
                 .mode(0o600)
                 .open(&path)?;
-            if ioctl_ficlone(&memory, base).is_err() {
-                ftruncate(&memory, size)?;
-                each_extent(
-                    base,
-                    0,
-                    size,
-                    |at, length| copy(base, &memory, at, length),
-                    |_, _| Ok(()),
-                )?;
-            }
+            copy_file(base, &memory, size)?;
             for Run { first, count } in pages.runs() {
                 let (start, end) = (first * PAGE, (first + count) * PAGE);
                 let data = |at, length| copy(diff, &memory, at, length);
@@ -317,69 +305,6 @@ fn lock(path: &Path) -> io::Result<File> {
         false if !now.is_dir() => Err(io::ErrorKind::NotADirectory.into()),
         false => Err(busy()),
     }
-}
-
-/// Call `data` and `hole` for what lies between two offsets of a file: offset and length.
-fn each_extent(
-    file: &File,
-    start: u64,
-    end: u64,
-    mut data: impl FnMut(u64, u64) -> io::Result<()>,
-    mut hole: impl FnMut(u64, u64) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut at = start;
-    while at < end {
-        let begin = match seek(file, SeekFrom::Data(at)) {
-            Ok(begin) => begin.clamp(at, end),
-            Err(Errno::NXIO) => end,
-            // Nothing is known of holes: all of it is data.
-            Err(_) => at,
-        };
-        if begin > at {
-            hole(at, begin - at)?;
-        }
-        if begin == end {
-            break;
-        }
-        let behind = seek(file, SeekFrom::Hole(begin)).unwrap_or(end).min(end);
-        // Where a file is changed meanwhile, it is at least not for ever.
-        let behind = if behind > begin { behind } else { end };
-        data(begin, behind - begin)?;
-        at = behind;
-    }
-    Ok(())
-}
-
-/// Copy a part of a file to the same place in another.
-fn copy(from: &File, to: &File, start: u64, length: u64) -> io::Result<()> {
-    let (mut at, end) = (start, start + length);
-    while at < end {
-        let (mut read, mut written) = (at, at);
-        let rest = usize::try_from(end - at).unwrap_or(usize::MAX);
-        match copy_file_range(from, Some(&mut read), to, Some(&mut written), rest) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => at += count as u64,
-            Err(Errno::INTR) => {}
-            Err(Errno::XDEV | Errno::NOSYS | Errno::INVAL | Errno::OPNOTSUPP) => {
-                return copy_by_hand(from, to, at, end);
-            }
-            Err(e) => return Err(e.into()),
-        }
-    }
-    Ok(())
-}
-
-fn copy_by_hand(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
-    let mut buffer = vec![0; PIECE];
-    let mut at = start;
-    while at < end {
-        let length = (end - at).min(PIECE as u64) as usize;
-        let piece = buffer.get_mut(..length).unwrap_or_default();
-        from.read_exact_at(piece, at)?;
-        to.write_all_at(piece, at)?;
-        at += length as u64;
-    }
-    Ok(())
 }
 
 /// Make a part of a file zero.

@@ -258,15 +258,13 @@ impl Vmm {
             }
             State::Configuring | State::Built(_) => return Err(Error::BeforeBoot),
         };
-        Ok(template.with_metadata(self.host.mmds.get()))
+        Ok(template.with_metadata(&self.host.mmds))
     }
 
     /// Be a clone that goes on from `template`.
     pub fn be_clone(&mut self, template: Template, clone: &CloneOf<'_>) -> Result<(), Error> {
         let (saved, metadata) = template.for_clone(clone, &mut self.prepared.devices)?;
-        if !metadata.is_null() {
-            self.host.mmds.put(metadata)?;
-        }
+        self.host.mmds.put(metadata)?;
         self.go_on(saved, clone.fork.resume_vm)
     }
 

@@ -7,7 +7,6 @@
 //! **Architecture Invariant:** `unsafe` is in `io` only. Nothing here interprets what is in the file: images are raw.
 
 mod bounce;
-mod copy;
 mod disk;
 mod engine;
 mod io;
@@ -19,7 +18,6 @@ mod tests;
 
 use crate::rate_limiter::{self, RateLimiter};
 use bounce::Bounce;
-pub use copy::copy_image;
 use disk::{Access, Disk};
 use engine::Engine;
 use husk_config::{DeviceUpdate, Drive};
@@ -28,7 +26,7 @@ use husk_virtio::{
     ActiveQueue, Chain, ConfigSpace, DeviceError, DeviceInfo, DeviceState, GuestMemory,
     VirtioDevice,
 };
-pub use overlay::{CLUSTER, LARGEST, Overlay};
+pub use overlay::{CLUSTER, LARGEST, Overlay, unnamed, usual_directory};
 use request::Rules;
 use std::fs::File;
 use std::os::fd::RawFd;

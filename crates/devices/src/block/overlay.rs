@@ -298,14 +298,15 @@ pub(super) fn create(
     Overlay::create(&directory, capacity).map_err(|e| Error::Overlay(path.into(), directory, e))
 }
 
-/// Where large files go for a while.
-pub(super) fn usual_directory() -> PathBuf {
+/// Where large files go for a while: $TMPDIR, or /var/tmp.
+pub fn usual_directory() -> PathBuf {
     std::env::var_os("TMPDIR")
         .filter(|directory| !directory.is_empty())
         .map_or_else(|| "/var/tmp".into(), PathBuf::from)
 }
 
-pub(super) fn unnamed(directory: &Path) -> IoResult<File> {
+/// A file in `directory` that has no name, and goes with the last process that has it open. For reading and writing.
+pub fn unnamed(directory: &Path) -> IoResult<File> {
     let mode = Mode::RUSR | Mode::WUSR;
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     match rustix::fs::open(directory, flags | OFlags::TMPFILE, mode) {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::MemoryFile;
+use crate::sparse::copy_by_hand;
 use serde_json::json;
 
 const SIZE: u64 = 64 * PAGE;
