@@ -328,6 +328,7 @@ impl Session {
                 ears.hear_signals()?;
                 let terminal = Terminal::open().map(Arc::new);
                 self.vmm.handle(VmmRequest::LoadSnapshot(load))?;
+                husk_vmm::give_way();
                 ears.listen(terminal)?
             }
             First::Serve(config) => {
@@ -375,7 +376,8 @@ impl Session {
         }
         let terminal = Terminal::open().map(Arc::new);
         self.vmm.start()?;
-        // The guest's first instructions run meanwhile: its vCPUs and devices are confined, and nothing of it has come
+        husk_vmm::give_way();
+        // The guest's first instructions run already: its vCPUs and devices are confined, and nothing of it has come
         // here. A restart builds the VM anew, in this process, and a device that is plugged in is opened.
         self.filters.confine(match builds {
             true => Kind::Builder,
@@ -407,6 +409,7 @@ impl Session {
                     let terminal = Terminal::open().map(Arc::new);
                     let started = self.vmm.start();
                     reply(started.map(|()| Answer::Done).map_err(|e| refusal(&e)));
+                    husk_vmm::give_way();
                     return ears.listen(terminal).map(Ok);
                 }
                 Ok(Event::Request(request @ VmmRequest::LoadSnapshot(_), reply)) => {
@@ -415,6 +418,7 @@ impl Session {
                         return Ok(Err(end));
                     }
                     if self.vmm.is_booted() {
+                        husk_vmm::give_way();
                         return ears.listen(terminal).map(Ok);
                     }
                 }

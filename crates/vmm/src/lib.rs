@@ -33,7 +33,7 @@ pub use footprint::{forget_code, share_heap};
 pub use host::{Console, Host, Identity, OpenOutput, Watch};
 pub use lifecycle::{Outcome, Wake};
 pub use snapshot::{SNAPSHOT_VERSION, describe_snapshot, snapshot_version};
-pub use spin::spin_for;
+pub use spin::{give_way, spin_for};
 pub use template::{CloneOf, Template};
 pub use timeline::{Cost, Counting, Phase, Reached, Timeline};
 pub use vcpu::{ExitCounts, install_kick_handler};

@@ -45,7 +45,7 @@ pub fn platform(
     vm: &husk_kvm::Vm,
     config: &VmConfig,
     host: &Host,
-    start: boot_timer::Times,
+    start: Option<boot_timer::Times>,
     slots: usize,
 ) -> Result<(Arc<Shared>, Platform), Error> {
     let event = |gsi| -> Result<EventFd, Error> {
@@ -101,7 +101,7 @@ pub fn platform(
         ports.insert(first.into(), count.into(), hotplug.clone())?;
     }
     let mmio = Bus::default();
-    if config.boot_timer {
+    if let Some(start) = start {
         let timer = BootTimer::new(start, lifecycle.clone());
         mmio.insert(layout::BOOT_TIMER, boot_timer::SIZE, Arc::new(timer))?;
     }

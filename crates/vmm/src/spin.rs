@@ -19,3 +19,13 @@ pub fn spin_for<T>(receiver: &Receiver<T>, moment: Duration) -> Result<T, RecvTi
         }
     }
 }
+
+/// How long a guest that was just started has the processor to itself: until it has been entered, and has come out for the first
+/// time.
+const HEAD_START: Duration = Duration::from_micros(250);
+
+/// Give way to a guest that was just started. A vCPU's thread is woken where the one that woke it runs, and hosts that have their
+/// virtual processors packed leave it there: what else is to be done would come before the guest's first instruction.
+pub fn give_way() {
+    std::thread::sleep(HEAD_START);
+}

@@ -7,7 +7,7 @@ pub use boot_processor::Origin;
 pub use ready::{Aids, Begun, Ready, check_memory};
 
 use boot_processor::{BootProcessor, Go, recv_soon};
-use ready::{Loaded, Start, prepare_boot};
+use ready::{Back, Loaded, Start, prepare_boot};
 
 use crate::Prepared;
 use crate::changes::{Changes, Taken};
@@ -77,9 +77,10 @@ impl Vm {
         config: &VmConfig,
         host: &Host,
         prepared: &mut Prepared,
-        saved: Option<Saved>,
+        mut saved: Option<Saved>,
     ) -> Result<Self, Error> {
-        let asked = boot_timer::Times::now();
+        // Where nobody asks, nobody looks: the host's kernel may take the processor from who asks for its time.
+        let asked = config.boot_timer.then(boot_timer::Times::now);
         host.timeline.reach(Phase::Asked);
         config.validate()?;
         let slots = devices::slots(config)?;
@@ -95,22 +96,20 @@ impl Vm {
             None => None,
         };
         let kernel = kernel.take();
-        let (is_saved, is_template) = match &saved {
-            Some(saved) => (true, saved.is_of_this_host),
-            None => (false, false),
+        let origin = match &saved {
+            None => Origin::Configuration(&wanted),
+            Some(saved) if saved.is_of_this_host => Origin::Template,
+            Some(_) => Origin::Snapshot,
         };
-        let origin = match (is_saved, is_template) {
-            (false, _) => Origin::Configuration(&wanted),
-            (true, false) => Origin::Snapshot,
-            (true, true) => Origin::Template,
-        };
+        let is_saved = saved.is_some();
+        let back = saved.as_mut().map(Back::of).transpose()?;
+        let (back, boot_vcpu) = back.unzip();
         let fill = |memory: &GuestMemory| {
-            let start = match saved {
-                Some(saved) => {
+            let start = match saved.zip(back) {
+                Some((saved, back)) => {
                     saved.fill(memory)?;
                     host.timeline.reach(Phase::KernelLoaded);
-                    let how = (saved.clock_realtime, saved.is_of_this_host);
-                    Start::Saved(Box::new(saved.snapshot), how)
+                    Start::Saved(Box::new(saved.snapshot), back)
                 }
                 None => {
                     let root = opened.root_is_read_only(config)?;
@@ -125,6 +124,7 @@ impl Vm {
         };
         let (ready, (start, devices)) = match made {
             Some(ready) => {
+                ready.put_back(boot_vcpu);
                 let filled = fill(&ready.memory)?;
                 (ready, filled)
             }
@@ -134,7 +134,7 @@ impl Vm {
                     Some(begun) if is_saved => Ok(begun),
                     _ => Begun::new(origin, &aids),
                 };
-                Ready::make_of(&wanted, &aids, begun, fill)?
+                Ready::make_of(&wanted, &aids, begun, boot_vcpu, fill)?
             }
         };
         let loaded = Loaded {

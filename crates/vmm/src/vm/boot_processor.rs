@@ -72,6 +72,8 @@ impl BootProcessor {
                 None if is_template => Ok(Processor::unknown()),
                 None => Processor::of_host(&kvm),
             };
+            // The host's kernel compiles the filter: before the vCPU is there, not when the guest waits.
+            aids.filters.confine(Kind::Vcpu);
             let Ok(mut vcpu) = recv_soon(&given) else {
                 return;
             };
@@ -86,19 +88,11 @@ impl BootProcessor {
             // A main thread that has failed meanwhile does not listen, and tells nobody to go.
             let _ = say.send(made);
             drop((kvm, say, wanted));
-            let restore = |vcpu: &Vcpu, state: &VcpuState, passed: &Passed| {
-                drop(say_back.send(vcpu.restore(state, passed)));
-            };
-            // The main thread needs it to go on.
-            let early = is_saved.then(|| recv_soon(&told).ok()).flatten();
-            if let Some(Order::PutBack(state, passed)) = &early {
-                restore(&vcpu, state, passed);
-            }
-            // The host's kernel compiles the filter: beside what the main thread still does, not when the guest waits.
-            aids.filters.confine(Kind::Vcpu);
             loop {
                 match recv_soon(&told) {
-                    Ok(Order::PutBack(state, passed)) => restore(&vcpu, &state, &passed),
+                    Ok(Order::PutBack(state, passed)) => {
+                        drop(say_back.send(vcpu.restore(&state, &passed)));
+                    }
                     Ok(Order::Go(Go { shared, entry })) => {
                         let ready = entry.map_or(Ok(()), |boot| set_entry(&vcpu, &boot));
                         return vcpu::enter(0, &mut vcpu, &shared, ready);
@@ -133,9 +127,9 @@ impl BootProcessor {
         }
     }
 
-    /// Have the vCPU become what it was; [`BootProcessor::is_put_back`] tells whether it has.
-    pub(super) fn put_back(&self, state: VcpuState, passed: Passed) {
-        if let Some(orders) = &self.orders {
+    /// Have the vCPU become what it was, if it was; [`BootProcessor::is_put_back`] tells whether it has.
+    pub(super) fn put_back(&self, saved: Option<(VcpuState, Passed)>) {
+        if let (Some(orders), Some((state, passed))) = (&self.orders, saved) {
             let _ = orders.send(Order::PutBack(Box::new(state), passed));
         }
     }

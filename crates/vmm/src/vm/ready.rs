@@ -10,7 +10,7 @@ use crate::host::Host;
 use crate::load::load;
 use crate::memory::GuestMemory;
 use crate::platform::{hotplug_slots, platform};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Saved, Snapshot};
 use crate::standby::Wanted;
 use crate::timeline::{Phase, Timeline};
 use crate::vcpu::{self, VcpuThread};
@@ -20,6 +20,7 @@ use husk_arch::memory_map::Range;
 use husk_arch::{layout, mptable};
 use husk_config::{MachineConfig, VmConfig};
 use husk_devices::boot_timer;
+use husk_kvm::bindings::kvm_cpuid_entry2;
 use husk_kvm::{Kvm, Passed, Vcpu, VcpuState};
 use husk_loader::Kernel;
 use husk_sandbox::{Filters, Kind};
@@ -134,14 +135,15 @@ impl Ready {
         meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error>,
     ) -> Result<(Self, T), Error> {
         let begin = || Begun::new(Origin::Configuration(wanted), aids);
-        Self::make_of(wanted, aids, begin, meanwhile)
+        Self::make_of(wanted, aids, begin, None, meanwhile)
     }
 
-    /// The same of what is `begun`.
+    /// The same of what is `begun`, and its boot vCPU becomes what it was.
     pub(super) fn make_of<T>(
         wanted: &Wanted,
         aids: &Aids,
         begun: impl FnOnce() -> Result<Begun, Error>,
+        boot_vcpu: Option<(VcpuState, Passed)>,
         meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error>,
     ) -> Result<(Self, T), Error> {
         // Before KVM's descriptors, so that it is dropped after them.
@@ -164,7 +166,8 @@ impl Ready {
         }
         let (vcpu, others) = furnish(&vm, wanted, memory.slots(), &aids.timeline)?;
         first.furnish(vcpu);
-        // Beside what the boot vCPU's thread does to it.
+        first.put_back(boot_vcpu);
+        // Beside what the boot vCPU's thread does to it. KVM sleeps here, for a thread of its own.
         vm.create_timer()?;
         let done = meanwhile(&memory)?;
         let ready = Self {
@@ -174,6 +177,11 @@ impl Ready {
             memory,
         };
         Ok((ready, done))
+    }
+
+    /// Have the boot vCPU become what it was.
+    pub(super) fn put_back(&self, boot_vcpu: Option<(VcpuState, Passed)>) {
+        self.first.put_back(boot_vcpu);
     }
 
     /// Add devices, and start the threads of all vCPUs but the boot vCPU's, which wakes them.
@@ -197,27 +205,17 @@ impl Ready {
             first,
         } = self;
         let mut changes = Changes::new(&memory, None);
-        let mut cpuids = Vec::new();
-        let mut passed = Passed::nothing();
+        let mut back = Back::nothing();
         let mut saved_devices = None;
         let mut places = hotplug_slots(config, host);
         let (entry, mut states, rest) = match start {
             Start::Boot(boot) => (Some(boot), Vec::new().into_iter(), None),
-            Start::Saved(mut saved, (realtime, of_this_host)) => {
-                passed = match realtime {
-                    true => saved.vm.passed(),
-                    false => Passed::nothing(),
-                };
+            Start::Saved(mut saved, how) => {
+                back = how;
                 changes = Changes::new(&memory, Some(&mut saved));
                 saved_devices = Some(std::mem::take(&mut saved.devices));
                 places = saved.platform.hotplug_slots();
-                if !of_this_host {
-                    cpuids = saved.vcpus.iter().map(VcpuState::cpuid).collect();
-                }
-                let mut states = saved.vcpus.into_iter();
-                // Its thread does it beside what follows.
-                let state = states.next().ok_or(Error::State("no vCPU was saved"))?;
-                first.put_back(state, passed);
+                let states = saved.vcpus.into_iter();
                 (None, states, Some((saved.vm, saved.platform)))
             }
         };
@@ -240,7 +238,8 @@ impl Ready {
             shared.pause.begin_stopped();
         }
         let template = first.template()?;
-        template.check(&Wanted::of(config), &cpuids)?;
+        template.check(&Wanted::of(config), &back.cpuids)?;
+        let passed = back.passed;
         let go = Go {
             shared: Arc::clone(&shared),
             entry,
@@ -302,15 +301,49 @@ pub(super) struct Loaded<'a> {
     pub(super) slots: &'a [MmioSlot],
     pub(super) start: Start,
     /// When the VM was asked for.
-    pub(super) asked: boot_timer::Times,
+    pub(super) asked: Option<boot_timer::Times>,
 }
 
 /// What a VM begins with.
 pub(super) enum Start {
     /// A kernel, which is in memory.
     Boot(Box<BootState>),
-    /// What was saved; memory is as it was. First: clocks have not stood still since. Second: it was saved on this host.
-    Saved(Box<Snapshot>, (bool, bool)),
+    /// What was saved, but for the boot vCPU; memory is as it was.
+    Saved(Box<Snapshot>, Back),
+}
+
+/// How what was saved is put back.
+pub(super) struct Back {
+    /// All vCPUs' CPUID, where this host may not have it all.
+    cpuids: Vec<Vec<kvm_cpuid_entry2>>,
+    passed: Passed,
+}
+
+impl Back {
+    fn nothing() -> Self {
+        Self {
+            cpuids: Vec::new(),
+            passed: Passed::nothing(),
+        }
+    }
+
+    /// The boot vCPU is taken out of `saved`: its thread makes it what it was beside what else is done.
+    pub(super) fn of(saved: &mut Saved) -> Result<(Self, (VcpuState, Passed)), Error> {
+        let vcpus = &mut saved.snapshot.vcpus;
+        if vcpus.is_empty() {
+            return Err(Error::State("no vCPU was saved"));
+        }
+        let cpuids = match saved.is_of_this_host {
+            true => Vec::new(),
+            false => vcpus.iter().map(VcpuState::cpuid).collect(),
+        };
+        let boot_vcpu = vcpus.remove(0);
+        let passed = match saved.clock_realtime {
+            true => saved.snapshot.vm.passed(),
+            false => Passed::nothing(),
+        };
+        Ok((Self { cpuids, passed }, (boot_vcpu, passed)))
+    }
 }
 
 /// Add memory, interrupt controllers and vCPUs; the boot vCPU apart from the others.
