@@ -51,6 +51,7 @@ impl Cli {
         let quick = match words.next().as_deref().and_then(OsStr::to_str) {
             Some("run") => alone(words, Command::Run),
             Some("serve") => alone(words, Command::Serve),
+            Some("restore") => alone(words, Command::Restore),
             _ => None,
         };
         // What is wrong, and help, is told by the whole.

@@ -8,7 +8,7 @@ use crate::vcpu::{libc_error, msr_entries};
 use crate::{Error, Vcpu, Vm};
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MP_STATE_RUNNABLE, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
     kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
     kvm_xsave,
 };
@@ -22,6 +22,14 @@ const TSC: u32 = 0x10;
 const TSC_DEADLINE: u32 = 0x6e0;
 /// How far a TSC's frequency may be from what the guest measured, in millionths: KVM's own default (tsc_tolerance_ppm).
 const TSC_TOLERANCE_PPM: u64 = 250;
+/// DR6 and DR7 of a processor that was just reset; the others are zero.
+const RESET_DEBUG_REGS: kvm_debugregs = kvm_debugregs {
+    db: [0; 4],
+    dr6: 0xffff_0ff0,
+    dr7: 0x400,
+    flags: 0,
+    reserved: [0; 9],
+};
 /// As many MSRs as one call takes.
 const MSRS_AT_ONCE: usize = 128;
 /// Most MSRs that one message names.
@@ -107,6 +115,12 @@ impl VcpuState {
     }
 }
 
+/// XCR0 alone, and in it nothing but the x87 state.
+fn is_reset_xcrs(xcrs: &kvm_xcrs) -> bool {
+    let [first, ..] = xcrs.xcrs;
+    xcrs.nr_xcrs == 1 && (first.xcr, first.value) == (0, 1)
+}
+
 fn failed(call: &'static str) -> impl Fn(errno::Error) -> Error {
     move |e| Error::Ioctl(call, e)
 }
@@ -156,25 +170,34 @@ impl Vcpu {
             Error::Ioctl(_, e) => Error::State("CPUID", e),
             other => other,
         })?;
-        self.restore_tsc_khz(state.tsc_khz)?;
+        let khz = self.restore_tsc_khz(state.tsc_khz)?;
+        let mp_state: kvm_mp_state = state.mp_state.to();
+        // What a new vCPU is anyway is left out here and below: each call takes as long as the host's kernel takes to load a vCPU.
+        if mp_state.mp_state != KVM_MP_STATE_RUNNABLE || !self.is_boot_processor {
+            fd.set_mp_state(mp_state)
+                .map_err(refused("multiprocessing state"))?;
+        }
         // The APIC's base is in the special registers, and decides what the APIC's state means.
-        fd.set_mp_state(state.mp_state.to::<kvm_mp_state>())
-            .map_err(refused("multiprocessing state"))?;
         fd.set_sregs(&state.sregs.to::<kvm_sregs>())
             .map_err(refused("special registers"))?;
         fd.set_regs(&state.regs.to::<kvm_regs>())
             .map_err(refused("general registers"))?;
-        fd.set_xcrs(&state.xcrs.to::<kvm_xcrs>())
-            .map_err(refused("extended control registers"))?;
+        let xcrs: kvm_xcrs = state.xcrs.to();
+        if !is_reset_xcrs(&xcrs) {
+            fd.set_xcrs(&xcrs)
+                .map_err(refused("extended control registers"))?;
+        }
         // SAFETY: KVM reads as much as the vCPU's features need, at most the 4096 bytes that are there: it offers more, by
         // KVM_CAP_XSAVE2, only to processes that have asked for features with more (arch_prctl), and Husk does not.
         unsafe { fd.set_xsave(&state.xsave.to::<kvm_xsave>()) }
             .map_err(refused("floating-point state"))?;
-        fd.set_debug_regs(&state.debug_regs.to::<kvm_debugregs>())
-            .map_err(refused("debug registers"))?;
+        let debug_regs: kvm_debugregs = state.debug_regs.to();
+        if debug_regs != RESET_DEBUG_REGS {
+            fd.set_debug_regs(&debug_regs)
+                .map_err(refused("debug registers"))?;
+        }
         fd.set_lapic(&state.lapic.to::<kvm_lapic_state>())
             .map_err(refused("local APIC"))?;
-        let khz = state.tsc_khz.or(fd.get_tsc_khz().ok()).unwrap_or_default();
         let now = |(index, value): (u32, u64)| match index {
             TSC => (index, value.wrapping_add(passed.ticks(khz))),
             _ => (index, value),
@@ -192,17 +215,23 @@ impl Vcpu {
     }
 
     /// Without scaling, KVM lets the TSC run at the host's speed and catch up at exits, or refuses: neither is what the guest had.
-    fn restore_tsc_khz(&self, saved: Option<u32>) -> Result<(), Error> {
-        let (Some(saved), Ok(here)) = (saved, self.fd.get_tsc_khz()) else {
-            return Ok(());
+    /// Returns how fast it runs; zero where that is not known.
+    fn restore_tsc_khz(&self, saved: Option<u32>) -> Result<u32, Error> {
+        let here = self.fd.get_tsc_khz().ok();
+        let (Some(saved), Some(here)) = (saved, here) else {
+            return Ok(saved.or(here).unwrap_or_default());
         };
         let within = u64::from(here) * TSC_TOLERANCE_PPM / 1_000_000;
         if saved == here || (!self.scales_tsc && u64::from(saved.abs_diff(here)) <= within) {
-            return Ok(());
+            return Ok(saved);
         }
         let other = Error::TscFrequency { saved, here };
         match self.scales_tsc {
-            true => self.fd.set_tsc_khz(saved).map_err(|_| other),
+            true => self
+                .fd
+                .set_tsc_khz(saved)
+                .map(|()| saved)
+                .map_err(|_| other),
             false => Err(other),
         }
     }

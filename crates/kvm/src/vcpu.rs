@@ -16,6 +16,8 @@ const RFLAGS_IF: u64 = 1 << 9;
 pub struct Vcpu {
     pub(crate) fd: VcpuFd,
     run_size: usize,
+    /// Number 0, which alone need not be woken.
+    pub(crate) is_boot_processor: bool,
     /// KVM can let the guest's TSC run at another frequency than the host's.
     pub(crate) scales_tsc: bool,
     /// CPUID as it was set. Some KVMs (page-table-based ones) tell of more than that, which they do not support either.
@@ -79,7 +81,7 @@ pub enum Exit<'a> {
 }
 
 impl Vcpu {
-    pub(crate) fn new(mut fd: VcpuFd, run_size: usize, scales_tsc: bool) -> Self {
+    pub(crate) fn new(index: u32, mut fd: VcpuFd, run_size: usize, scales_tsc: bool) -> Self {
         // A process that is forked from this one would keep the VM by it.
         let run: *mut kvm_run = fd.get_kvm_run();
         // SAFETY: the mapping is the vCPU's own, of `run_size` bytes, and the advice changes nothing in this process.
@@ -89,6 +91,7 @@ impl Vcpu {
         Self {
             fd,
             run_size,
+            is_boot_processor: index == 0,
             scales_tsc,
             given: RefCell::default(),
         }

@@ -157,6 +157,7 @@ impl Vm {
             .create_vcpu(u64::from(index))
             .map(|fd| {
                 Vcpu::new(
+                    index,
                     fd,
                     self.fd.run_size(),
                     self.fd.check_extension(Cap::TscControl),
