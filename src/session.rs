@@ -319,8 +319,6 @@ impl Session {
             }
             First::Restore(load) => {
                 self.provide_for_programs()?;
-                // KVM tells of the host's processor meanwhile.
-                self.vmm.expect_snapshot()?;
                 // Its files are strangers'.
                 self.filters
                     .install(Kind::Builder)

@@ -22,6 +22,7 @@ mod snapshot;
 mod spin;
 mod standby;
 mod template;
+mod this_host;
 mod timeline;
 mod vcpu;
 mod view;
@@ -84,8 +85,6 @@ pub(crate) struct Prepared {
     kernel: Option<Kernel>,
     /// Devices whose files, taps and sockets are open.
     devices: Opened,
-    /// What a VM that was kept needs of KVM before it is known.
-    begun: Option<vm::Begun>,
 }
 
 enum State {
@@ -222,15 +221,6 @@ impl Vmm {
             (State::Running(_) | State::Paused(_), _) => return Err(Error::AfterBoot),
         }
         Ok(Answer::Done)
-    }
-
-    /// Begin what a snapshot needs of KVM whatever is in it. A [`VmmRequest::LoadSnapshot`] must follow.
-    pub fn expect_snapshot(&mut self) -> Result<(), Error> {
-        self.prepared.begun = Some(vm::Begun::new(
-            vm::Origin::Snapshot,
-            &vm::Aids::of(&self.host),
-        )?);
-        Ok(())
     }
 
     /// Go on from a snapshot.

@@ -5,6 +5,7 @@ use crate::devices::{self, Devices};
 use crate::error::{Error, printable};
 use crate::memory::GuestMemory;
 use crate::platform::Platform;
+use crate::this_host::this_host;
 use crate::working_set;
 use husk_config::{Drive, HugePages, LoadSnapshot, MemBackendType, VmConfig};
 use husk_devices::{keyboard, pci_hotplug, serial};
@@ -28,6 +29,9 @@ pub struct Snapshot {
     pub platform: PlatformState,
     #[serde(default)]
     pub devices: devices::State,
+    /// Where it was made ([`this_host`]).
+    #[serde(default)]
+    host: Option<String>,
     /// Which snapshot it is, and of which it is a diff.
     #[serde(default)]
     pub lineage: Lineage,
@@ -52,6 +56,7 @@ impl Snapshot {
             vcpus,
             platform: PlatformState::of(platform),
             devices: devices.save()?,
+            host: this_host(),
             lineage,
             base: None,
         })
@@ -114,7 +119,7 @@ pub struct Saved {
     pub config: VmConfig,
     /// The guest's clocks have not stood still since.
     pub clock_realtime: bool,
-    /// Nobody has to look whether this host can give what it needs: it did.
+    /// It was made on this host, which gave what it needs.
     pub is_of_this_host: bool,
     memory: Source,
 }
@@ -175,9 +180,9 @@ impl Saved {
                     None => by_handler(load, &mut config, memory)?,
                 };
                 return Ok(Self {
+                    is_of_this_host: snapshot.host.is_some() && snapshot.host == this_host(),
                     snapshot,
                     config,
-                    is_of_this_host: false,
                     clock_realtime: load.clock_realtime,
                     memory,
                 });

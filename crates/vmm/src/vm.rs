@@ -3,11 +3,10 @@
 mod boot_processor;
 mod ready;
 
-pub use boot_processor::Origin;
-pub use ready::{Aids, Begun, Ready, check_memory};
+pub use ready::{Aids, Ready, check_memory};
 
-use boot_processor::{BootProcessor, Go, recv_soon};
-use ready::{Back, Loaded, Start, prepare_boot};
+use boot_processor::{BootProcessor, Go, Origin, recv_soon};
+use ready::{Back, Begun, Loaded, Start, prepare_boot};
 
 use crate::Prepared;
 use crate::changes::{Changes, Taken};
@@ -89,7 +88,6 @@ impl Vm {
             standby,
             kernel,
             devices: opened,
-            begun,
         } = prepared;
         let made = match standby.take_if(|standby| *standby.wanted() == wanted) {
             Some(standby) => standby.take().transpose()?,
@@ -98,16 +96,14 @@ impl Vm {
         let kernel = kernel.take();
         let origin = match &saved {
             None => Origin::Configuration(&wanted),
-            Some(saved) if saved.is_of_this_host => Origin::Template,
+            Some(saved) if saved.is_of_this_host => Origin::ThisHost,
             Some(_) => Origin::Snapshot,
         };
-        let is_saved = saved.is_some();
         let back = saved.as_mut().map(Back::of).transpose()?;
         let (back, boot_vcpu) = back.unzip();
-        let fill = |memory: &GuestMemory| {
+        let fill = |memory: &GuestMemory, saved: Option<Saved>| {
             let start = match saved.zip(back) {
                 Some((saved, back)) => {
-                    saved.fill(memory)?;
                     host.timeline.reach(Phase::KernelLoaded);
                     Start::Saved(Box::new(saved.snapshot), back)
                 }
@@ -125,16 +121,22 @@ impl Vm {
         let (ready, (start, devices)) = match made {
             Some(ready) => {
                 ready.put_back(boot_vcpu);
-                let filled = fill(&ready.memory)?;
+                if let Some(saved) = &saved {
+                    saved.fill(&ready.memory)?;
+                }
+                let filled = fill(&ready.memory, saved)?;
                 (ready, filled)
             }
             None => {
                 let aids = Aids::of(host);
-                let begun = || match begun.take() {
-                    Some(begun) if is_saved => Ok(begun),
-                    _ => Begun::new(origin, &aids),
-                };
-                Ready::make_of(&wanted, &aids, begun, boot_vcpu, fill)?
+                let memory = ready::memory(&wanted)?;
+                // While KVM does not know it: to map files over what it knows has it look for pages to let go.
+                if let Some(saved) = &saved {
+                    saved.fill(&memory)?;
+                }
+                let begun = Begun::new(origin, &aids)?;
+                let fill = |memory: &GuestMemory| fill(memory, saved);
+                Ready::make_of(&wanted, &aids, (memory, begun), boot_vcpu, fill)?
             }
         };
         let loaded = Loaded {

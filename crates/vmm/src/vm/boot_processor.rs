@@ -22,7 +22,7 @@ pub enum Origin<'a> {
     /// What was saved, maybe on another host.
     Snapshot,
     /// What was saved on this one.
-    Template,
+    ThisHost,
 }
 
 /// The boot vCPU's thread, which sets the vCPU up and waits to be told to go. Dropped instead, it ends.
@@ -58,9 +58,9 @@ impl BootProcessor {
         let (orders, told) = channel::<Order>();
         let wanted = match origin {
             Origin::Configuration(wanted) => Some(wanted.clone()),
-            Origin::Snapshot | Origin::Template => None,
+            Origin::Snapshot | Origin::ThisHost => None,
         };
-        let is_template = matches!(origin, Origin::Template);
+        let is_of_this_host = matches!(origin, Origin::ThisHost);
         let aids = aids.clone();
         let body = move || {
             if recv_soon(&is_made).is_err() {
@@ -69,7 +69,7 @@ impl BootProcessor {
             // KVM asks the processor for it, which takes as long as the main thread takes to the vCPU.
             let template = match &wanted {
                 Some(wanted) => Processor::new(&kvm, wanted),
-                None if is_template => Ok(Processor::unknown()),
+                None if is_of_this_host => Ok(Processor::unknown()),
                 None => Processor::of_host(&kvm),
             };
             // The host's kernel compiles the filter: before the vCPU is there, not when the guest waits.

@@ -27,6 +27,19 @@ use husk_sandbox::{Filters, Kind};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
+/// Memory that KVM does not know yet.
+pub(super) fn memory(wanted: &Wanted) -> Result<GuestMemory, Error> {
+    let (size, pages) = (memory_size(&wanted.machine)?, wanted.machine.huge_pages);
+    let mut memory = match wanted.shared_memory {
+        true => GuestMemory::shared(size, pages)?,
+        false => GuestMemory::new(size, pages)?,
+    };
+    if wanted.machine.track_dirty_pages {
+        memory.track();
+    }
+    Ok(memory)
+}
+
 /// Whether this host can give the memory of `config`.
 pub fn check_memory(config: &VmConfig) -> Result<(), Error> {
     memory_size(&config.machine_config).map(drop)
@@ -134,32 +147,25 @@ impl Ready {
         aids: &Aids,
         meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error>,
     ) -> Result<(Self, T), Error> {
-        let begin = || Begun::new(Origin::Configuration(wanted), aids);
-        Self::make_of(wanted, aids, begin, None, meanwhile)
+        let memory = memory(wanted)?;
+        let begun = Begun::new(Origin::Configuration(wanted), aids)?;
+        Self::make_of(wanted, aids, (memory, begun), None, meanwhile)
     }
 
-    /// The same of what is `begun`, and its boot vCPU becomes what it was.
+    /// The same of what there is already. Its boot vCPU becomes what it was.
     pub(super) fn make_of<T>(
         wanted: &Wanted,
         aids: &Aids,
-        begun: impl FnOnce() -> Result<Begun, Error>,
+        (memory, begun): (GuestMemory, Begun),
         boot_vcpu: Option<(VcpuState, Passed)>,
         meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error>,
     ) -> Result<(Self, T), Error> {
-        // Before KVM's descriptors, so that it is dropped after them.
-        let (size, pages) = (memory_size(&wanted.machine)?, wanted.machine.huge_pages);
-        let mut memory = match wanted.shared_memory {
-            true => GuestMemory::shared(size, pages)?,
-            false => GuestMemory::new(size, pages)?,
-        };
-        if wanted.machine.track_dirty_pages {
-            memory.track();
-        }
+        // Behind memory, so that KVM's descriptors are dropped before it.
         let Begun {
             mut first,
             vm,
             most_vcpus: most,
-        } = begun()?;
+        } = begun;
         let cpus = wanted.machine.vcpu_count;
         if cpus as usize > most {
             return Err(Error::TooManyVcpus { cpus, most });
