@@ -37,6 +37,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::hash::Hasher;
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -184,10 +185,12 @@ pub fn keep(path: &Path, state: &impl Serialize, memory: MemoryFile) -> Result<(
         }
         synced
     })?;
-    state.place()?;
-    memory.place()?;
+    let replaced = [state.place()?, memory.place()?];
     sweep(&place);
     sweep(path);
+    let thread = std::thread::Builder::new().stack_size(64 << 10);
+    // Where there is none, it is done here.
+    let _ = thread.spawn(move || drop(replaced));
     Ok(())
 }
 
@@ -520,17 +523,21 @@ impl Fresh {
 
     fn finish(self) -> Result<(), Error> {
         self.sync()?;
-        self.place()
+        self.place().map(drop)
     }
 
     fn sync(&self) -> Result<(), Error> {
         fdatasync(&self.file).map_err(|e| self.fault(e.into()))
     }
 
-    fn place(mut self) -> Result<(), Error> {
+    /// Returns what was in its place before. A file system takes a millisecond to forget a file, or several while it writes its journal,
+    /// and whoever drops the last descriptor waits for that.
+    fn place(mut self) -> Result<Option<OwnedFd>, Error> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let before = open(&self.path, flags, Mode::empty()).ok();
         fs::rename(&self.beside, &self.path).map_err(|e| self.fault(e))?;
         self.done = true;
-        Ok(())
+        Ok(before)
     }
 }
 
