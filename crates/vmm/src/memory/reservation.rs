@@ -116,16 +116,20 @@ impl Reservation {
         })
     }
 
-    pub(super) fn advise_huge_pages(&self, memory: u64) {
+    /// Have the host make the memory of huge pages where it can.
+    pub(super) fn prefer_huge_pages(&self, memory: u64) -> rustix::io::Result<()> {
         // SAFETY: the range is ours; the advice changes no contents.
-        let result = unsafe {
+        unsafe {
             madvise(
                 self.aligned as *mut _,
                 memory as usize,
                 Advice::LinuxHugepage,
             )
-        };
-        if let Err(e) = result {
+        }
+    }
+
+    pub(super) fn advise_huge_pages(&self, memory: u64) {
+        if let Err(e) = self.prefer_huge_pages(memory) {
             log::warn!(
                 "the host's kernel has no transparent huge pages ({e}); memory is made of small ones"
             );
