@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long all end-to-end tests together may take on the testbed.
 const TESTBED_LIMIT: Duration = Duration::from_secs(45 * 60);
@@ -46,6 +46,9 @@ const TOOLS: &[(&str, &str)] = &[
 
 /// How often an emulated host that hangs or ends by itself is replaced. The tests that it had not come to run on the next.
 const REPLACEMENTS: usize = 2;
+
+/// As many tests are told to be the slowest.
+const SLOWEST: usize = 12;
 
 /// Boot times against those that are committed.
 const BOOT_TIME: &str = "boot-time";
@@ -297,8 +300,16 @@ fn run_on_testbed(
     });
     let mut sum = Results::default();
     for result in results {
-        sum.ended.extend(result?.ended);
+        let result = result?;
+        sum.ended.extend(result.ended);
+        sum.took.extend(result.took);
     }
+    sum.took.sort_by_key(|(took, _)| std::cmp::Reverse(*took));
+    let slowest = sum.took.iter().take(SLOWEST);
+    let slowest: Vec<_> = slowest
+        .map(|(took, test)| format!("{test} {} s", took.as_secs()))
+        .collect();
+    eprintln!("==> the slowest of them: {}", slowest.join(", "));
     for (share, left) in shares.iter().zip(sum.left(&shares)) {
         for test in left {
             eprintln!(
@@ -411,8 +422,12 @@ struct Results {
     program: usize,
     /// The test that has begun last and has not ended.
     running: Option<(usize, String)>,
+    /// When it began.
+    since: Option<Instant>,
     /// Program, test, and whether it passed.
     ended: BTreeMap<(usize, String), bool>,
+    /// How long each took.
+    took: Vec<(Duration, String)>,
 }
 
 impl Results {
@@ -428,6 +443,7 @@ impl Results {
                     .strip_prefix("test ")
                     .map(|rest| rest.replace(" ... ", ""));
                 self.running = name.map(|name| (self.program, name));
+                self.since = Some(Instant::now());
             }
             if byte == b'\n' {
                 let line = std::mem::take(&mut self.line);
@@ -455,6 +471,8 @@ impl Results {
             }
         };
         if let Some(test) = self.running.take() {
+            let took = self.since.take().map(|since| since.elapsed());
+            self.took.push((took.unwrap_or_default(), test.1.clone()));
             self.ended.insert(test, passed);
         }
         true
