@@ -162,7 +162,7 @@ macro_rules! pairs {
 
 pairs! {
     debian_mmio: debian [] => { networks_go_on_and_sockets_are_reset }
-    debian_pci: debian ["--pci"] => { disks_lose_and_double_nothing }
+    debian_pci: debian ["--pci"] => { disks_lose_and_double_nothing disks_come_and_go_across_processes }
     minimal_mmio: minimal [] => { disks_lose_and_double_nothing }
     minimal_pci: minimal ["--pci"] => { networks_go_on_and_sockets_are_reset }
 }

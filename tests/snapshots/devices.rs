@@ -21,7 +21,11 @@ struct Kept {
 impl Kept {
     #[track_caller]
     fn ask(&self, method: &str, path: &str, body: Value) {
-        let response = client::request(&self.socket, method, path, &body.to_string());
+        let body = match body {
+            Value::Null => String::new(),
+            body => body.to_string(),
+        };
+        let response = client::request(&self.socket, method, path, &body);
         let response = response.unwrap_or_else(|e| panic!("{e}\n{}", self.vm.report()));
         let said = &response.body;
         assert_eq!(response.status, 204, "{path}: {said}\n{}", self.vm.report());
@@ -206,6 +210,61 @@ md5sum </tmp/got
     assert_eq!(back, "echo");
     sender.join().unwrap();
     kept.vm.expect(&wanted);
+    let ended = kept.vm.finish();
+    ended.expect_status(0);
+    assert_eq!(ended.stderr, "");
+}
+
+/// A disk that was plugged into a running guest is there in another process, busy, and can be taken out; another one comes into its place.
+pub fn disks_come_and_go_across_processes(kernel: &Kernel, flags: &[&str]) {
+    let images = temp_dir();
+    let [first, second] = ["first", "second"].map(|name| {
+        let path = images.path().join(name);
+        make_image(&path, 4 << 20);
+        path
+    });
+    let script = "
+mount -t tmpfs none /tmp
+echo ready
+until [ -b /dev/vda ]; do sleep 0.1; done
+tool journal /dev/vda 64 2 >/tmp/said &
+writes=$!
+sleep 1; echo writing; read -r end
+kill $writes
+wait
+cat /tmp/said
+while [ -e /sys/block/vda ]; do sleep 0.1; done
+echo gone
+until [ -b /dev/vda ]; do sleep 0.1; done
+echo serial $(cat /sys/block/vda/serial)
+read -r end
+";
+    let guest = guest(kernel, script);
+    let dir = temp_dir();
+    let socket = dir.path().join("api");
+    let more = ["--api-sock", text(&socket)];
+    let vm = guest.start(&[&words("--cmdline quiet", &more), flags].concat());
+    let mut kept = Kept { vm, socket, dir };
+    let plug = |kept: &Kept, id: &str, path: &Path| {
+        let drive = json!({ "drive_id": id, "path_on_host": path, "is_root_device": false });
+        kept.ask("PUT", &format!("/drives/{id}"), drive);
+    };
+    kept.vm.expect("ready\n");
+    plug(&kept, "first", &first);
+    kept.vm.expect("writing\n");
+    kept = kept.moves(&[]);
+    kept.goes_on();
+    kept.vm.send(b"end\n");
+    kept.vm.expect("tool: journal of /dev/vda is whole after ");
+    assert!(kept.vm.expect_number() > 5);
+    // What its guest was asked for before, it does in the next process.
+    kept.ask("DELETE", "/drives/first", Value::Null);
+    kept = kept.moves(&[]);
+    kept.vm.expect("gone\n");
+    plug(&kept, "second", &second);
+    kept.vm.expect("serial second\n");
+    kept = kept.moves(&[]);
+    kept.vm.send(b"end\n");
     let ended = kept.vm.finish();
     ended.expect_status(0);
     assert_eq!(ended.stderr, "");
