@@ -6,6 +6,7 @@
 use crate::apt;
 use crate::bench_api;
 use crate::bench_devices;
+use crate::bench_linux;
 use crate::bench_snapshots;
 use crate::cargo;
 use crate::host::{self, TempDir};
@@ -114,6 +115,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     if !args.no_boot {
         boot_to_init(&husk, temp.path(), &mut verdicts)?;
+    }
+    if !args.no_boot && !args.no_snapshots {
+        bench_linux::run(&husk, temp.path())?;
     }
     if !args.no_boot && !args.no_api {
         bench_api::run_boots(&husk, temp.path(), &mut verdicts)?;
@@ -311,9 +315,14 @@ fn boot_to_init(husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result
 
 /// An initramfs of one program; its path.
 pub fn init_archive(temp: &Path) -> Result<PathBuf> {
-    let init = temp.join("init");
-    let source = temp.join("init.c");
-    fs::write(&source, INIT).with_context(|| format!("cannot write {}", source.display()))?;
+    archive_of_init(temp, "init", INIT)
+}
+
+/// The same of a program in C.
+pub fn archive_of_init(temp: &Path, name: &str, program: &str) -> Result<PathBuf> {
+    let init = temp.join(name);
+    let source = temp.join(format!("{name}.c"));
+    fs::write(&source, program).with_context(|| format!("cannot write {}", source.display()))?;
     let mut gcc = Command::new("gcc");
     gcc.args(["-Os", "-static", "-o"]).arg(&init).arg(&source);
     host::run_quiet(&mut gcc)?;
@@ -324,7 +333,7 @@ pub fn init_archive(temp: &Path) -> Result<PathBuf> {
         0o755,
         &fs::read(&init).context("cannot read the init that gcc made")?,
     )?;
-    let initrd = temp.join("init.cpio");
+    let initrd = temp.join(format!("{name}.cpio"));
     host::write_atomically(&initrd, &archive.finish()?)?;
     Ok(initrd)
 }

@@ -186,11 +186,7 @@ impl Parent {
 
     fn one(&mut self, number: usize, turn: &mut Turn) -> Result<()> {
         let path = self.dir.join(format!("console-{number}"));
-        let mode = Mode::RUSR | Mode::WUSR;
-        rustix::fs::mknodat(CWD, &path, FileType::Fifo, mode, 0).context("cannot make a FIFO")?;
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let console = rustix::fs::open(&path, flags, Mode::empty());
-        let mut console = fs::File::from(console.context("cannot open a FIFO")?);
+        let mut console = fifo(&path)?;
         let order = format!(
             r#"{{"template":"1","count":1,"console":"{}"}}"#,
             path.display()
@@ -233,8 +229,17 @@ impl Parent {
     }
 }
 
+/// A named pipe that is new, to be read from.
+pub fn fifo(path: &Path) -> Result<fs::File> {
+    let mode = Mode::RUSR | Mode::WUSR;
+    rustix::fs::mknodat(CWD, path, FileType::Fifo, mode, 0).context("cannot make a FIFO")?;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let pipe = rustix::fs::open(path, flags, Mode::empty()).context("cannot open a FIFO")?;
+    Ok(fs::File::from(pipe))
+}
+
 /// Process IDs of as many clones; each must have started.
-fn pids(answer: &str, count: usize) -> Result<Vec<Pid>> {
+pub fn pids(answer: &str, count: usize) -> Result<Vec<Pid>> {
     let answer: Value = serde_json::from_str(answer).context("the answer to a fork is no JSON")?;
     let clones = answer.get("clones").and_then(Value::as_array);
     let pid = |clone: &Value| {
@@ -251,7 +256,7 @@ fn pids(answer: &str, count: usize) -> Result<Vec<Pid>> {
     }
 }
 
-fn kill(pid: Pid) -> Result<()> {
+pub fn kill(pid: Pid) -> Result<()> {
     kill_process(pid, Signal::KILL).context("a clone has ended by itself")
 }
 

@@ -12,6 +12,7 @@ mod bench_boot;
 mod bench_devices;
 mod bench_diffs;
 mod bench_forks;
+mod bench_linux;
 mod bench_snapshots;
 mod boot_time;
 mod cargo;
@@ -61,6 +62,9 @@ enum Command {
     /// Time devices; what `bench` runs on the testbed
     #[command(hide = true)]
     BenchDevicesInner(bench_devices::InnerArgs),
+    /// Time snapshots of Linux; what `bench` runs on the testbed
+    #[command(hide = true)]
+    BenchLinuxInner(bench_linux::InnerArgs),
 }
 
 fn main() -> ExitCode {
@@ -76,6 +80,7 @@ fn main() -> ExitCode {
         Command::BenchInner(args) => bench::run_inner(&args),
         Command::BenchApiInner(args) => bench_api::run_inner(&args),
         Command::BenchDevicesInner(args) => bench_devices::run_inner(&args),
+        Command::BenchLinuxInner(args) => bench_linux::run_inner(&args),
     };
     match result {
         Ok(code) => code,
