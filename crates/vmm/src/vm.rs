@@ -76,7 +76,7 @@ impl Vm {
         config: &VmConfig,
         host: &Host,
         prepared: &mut Prepared,
-        mut saved: Option<Saved>,
+        saved: Option<Saved>,
     ) -> Result<Self, Error> {
         // Where nobody asks, nobody looks: the host's kernel may take the processor from who asks for its time.
         let asked = config.boot_timer.then(boot_timer::Times::now);
@@ -99,10 +99,8 @@ impl Vm {
             Some(saved) if saved.is_of_this_host => Origin::ThisHost,
             Some(_) => Origin::Snapshot,
         };
-        let back = saved.as_mut().map(Back::of).transpose()?;
-        let (back, boot_vcpu) = back.unzip();
-        let fill = |memory: &GuestMemory, saved: Option<Saved>| {
-            let start = match saved.zip(back) {
+        let fill = |memory: &GuestMemory, saved: Option<(Saved, Back)>| {
+            let start = match saved {
                 Some((saved, back)) => {
                     host.timeline.reach(Phase::KernelLoaded);
                     Start::Saved(Box::new(saved.snapshot), back)
@@ -120,10 +118,11 @@ impl Vm {
         };
         let (ready, (start, devices)) = match made {
             Some(ready) => {
-                ready.put_back(boot_vcpu);
                 if let Some(saved) = &saved {
                     saved.fill(&ready.memory)?;
                 }
+                let (saved, boot_vcpu) = Back::take(saved)?;
+                ready.put_back(boot_vcpu);
                 let filled = fill(&ready.memory, saved)?;
                 (ready, filled)
             }
@@ -135,6 +134,8 @@ impl Vm {
                     saved.fill(&memory)?;
                 }
                 let begun = Begun::new(origin, &aids)?;
+                // Not before memory is there, which may take seconds: the guest's clocks go on from here.
+                let (saved, boot_vcpu) = Back::take(saved)?;
                 let fill = |memory: &GuestMemory| fill(memory, saved);
                 Ready::make_of(&wanted, &aids, (memory, begun), boot_vcpu, fill)?
             }

@@ -157,7 +157,7 @@ impl Ready {
         wanted: &Wanted,
         aids: &Aids,
         (memory, begun): (GuestMemory, Begun),
-        boot_vcpu: Option<(VcpuState, Passed)>,
+        boot_vcpu: BootVcpu,
         meanwhile: impl FnOnce(&GuestMemory) -> Result<T, Error>,
     ) -> Result<(Self, T), Error> {
         // Behind memory, so that KVM's descriptors are dropped before it.
@@ -186,7 +186,7 @@ impl Ready {
     }
 
     /// Have the boot vCPU become what it was.
-    pub(super) fn put_back(&self, boot_vcpu: Option<(VcpuState, Passed)>) {
+    pub(super) fn put_back(&self, boot_vcpu: BootVcpu) {
         self.first.put_back(boot_vcpu);
     }
 
@@ -318,6 +318,9 @@ pub(super) enum Start {
     Saved(Box<Snapshot>, Back),
 }
 
+/// The boot vCPU as it was saved, and what has passed since; None for a boot.
+type BootVcpu = Option<(VcpuState, Passed)>;
+
 /// How what was saved is put back.
 pub(super) struct Back {
     /// All vCPUs' CPUID, where this host may not have it all.
@@ -333,8 +336,12 @@ impl Back {
         }
     }
 
-    /// The boot vCPU is taken out of `saved`: its thread makes it what it was beside what else is done.
-    pub(super) fn of(saved: &mut Saved) -> Result<(Self, (VcpuState, Passed)), Error> {
+    /// The boot vCPU is taken out of what was saved: its thread makes it what it was beside what else is done. From here on it counts how
+    /// long that takes.
+    pub(super) fn take(saved: Option<Saved>) -> Result<(Option<(Saved, Self)>, BootVcpu), Error> {
+        let Some(mut saved) = saved else {
+            return Ok((None, None));
+        };
         let vcpus = &mut saved.snapshot.vcpus;
         if vcpus.is_empty() {
             return Err(Error::State("no vCPU was saved"));
@@ -348,7 +355,8 @@ impl Back {
             true => saved.snapshot.vm.passed(),
             false => Passed::nothing(),
         };
-        Ok((Self { cpuids, passed }, (boot_vcpu, passed)))
+        let back = Self { cpuids, passed };
+        Ok((Some((saved, back)), Some((boot_vcpu, passed))))
     }
 }
 
