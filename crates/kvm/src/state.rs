@@ -422,6 +422,30 @@ mod tests {
     }
 
     #[test]
+    fn what_a_new_vcpu_has_is_left_out_and_nothing_else() {
+        let kvm = Kvm::open().unwrap();
+        let msrs = kvm.state_msrs().unwrap();
+        let (_vm, vcpu) = counter(&kvm);
+        let mut state = vcpu.state(&msrs).unwrap();
+        let mut debug_regs: kvm_debugregs = state.debug_regs.to();
+        assert_eq!(debug_regs, RESET_DEBUG_REGS);
+        let mut xcrs: kvm_xcrs = state.xcrs.to();
+        assert!(is_reset_xcrs(&xcrs));
+        let mp_state: kvm_mp_state = state.mp_state.to();
+        assert_eq!(mp_state.mp_state, KVM_MP_STATE_RUNNABLE);
+        (debug_regs.db[0], debug_regs.dr7) = (CODE, 0x401);
+        // SSE's state as well.
+        xcrs.xcrs[0].value = 3;
+        state.debug_regs = Blob::of(&debug_regs);
+        state.xcrs = Blob::of(&xcrs);
+        let (_other, next) = counter(&kvm);
+        next.restore(&state, &Passed::nothing()).unwrap();
+        let back = next.state(&msrs).unwrap();
+        assert_eq!(back.debug_regs.to::<kvm_debugregs>(), debug_regs);
+        assert_eq!(back.xcrs.to::<kvm_xcrs>(), xcrs);
+    }
+
+    #[test]
     fn the_guests_clock_goes_on() {
         let kvm = Kvm::open().unwrap();
         let (vm, _vcpu) = counter(&kvm);
