@@ -63,6 +63,25 @@ impl Pages {
         }
     }
 
+    /// The first half of them, and the others.
+    pub fn halves(&self) -> (Self, Self) {
+        let (mut first, mut second) = (Self::default(), Self::default());
+        let mut left = self.count() / 2;
+        for &Run { first: at, count } in &self.0 {
+            let here = count.min(left);
+            left -= here;
+            first.push(Run {
+                first: at,
+                count: here,
+            });
+            second.push(Run {
+                first: at + here,
+                count: count - here,
+            });
+        }
+        (first, second)
+    }
+
     /// At most so many runs, and more pages where there were more.
     fn limit(mut self, most: usize) -> Self {
         let mut gap = 1;
@@ -167,6 +186,23 @@ mod tests {
         // What is set behind the end is nothing.
         assert_eq!(Pages::of_bits([(&[all][..], 10)]), pages(&[(0, 10)]));
         assert_eq!(Pages::of_bits([(&[all << 10, 1][..], 10)]), pages(&[]));
+    }
+
+    #[test]
+    fn halves_are_all_of_it_and_nothing_twice() {
+        for (all, first, second) in [
+            (&[][..], &[][..], &[][..]),
+            (&[(7, 1)], &[], &[(7, 1)]),
+            (&[(0, 10)], &[(0, 5)], &[(5, 5)]),
+            (
+                &[(1, 2), (5, 6), (20, 1)],
+                &[(1, 2), (5, 2)],
+                &[(7, 4), (20, 1)],
+            ),
+            (&[(1, 3), (9, 3)], &[(1, 3)], &[(9, 3)]),
+        ] {
+            assert_eq!(pages(all).halves(), (pages(first), pages(second)));
+        }
     }
 
     #[test]
