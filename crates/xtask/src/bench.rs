@@ -275,7 +275,6 @@ fn boot_to_init(husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result
     let vmlinux = kernel::ensure()?;
     let initrd = init_archive(temp)?;
     let (vmlinux, initrd) = (vmlinux.display(), initrd.display());
-    let own = std::env::current_exe().context("this program's path is unknown")?;
     let husk = format!(
         "husk={} run --kernel {vmlinux} --initrd {initrd} --memory 128M --cmdline quiet",
         husk.display()
@@ -284,9 +283,7 @@ fn boot_to_init(husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result
         "-m 128 -kernel {vmlinux} -initrd {initrd} -append console=ttyS0\u{a0}quiet\u{a0}reboot=t"
     );
     let qemu = format!("qemu microvm={}", microvm("microvm", "host", &more));
-    let mut command = vec![own.display().to_string()];
-    command.extend(["bench-inner", "-m", MARK].map(str::to_owned));
-    command.extend([husk, qemu]);
+    let words = ["-m".to_owned(), MARK.to_owned(), husk, qemu];
     println!("\nspawn to init, minimal kernel, 128 MiB, 1 vCPU, virtual ms on the testbed:");
     let testbed = Testbed {
         cpus: 1,
@@ -294,16 +291,7 @@ fn boot_to_init(husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result
         limit: Some(Duration::from_secs(1200)),
         ..Testbed::default()
     };
-    let mut output = Vec::new();
-    let finish = testbed.run(&command, &[], |text| {
-        output.extend_from_slice(text);
-        let _ = std::io::stdout().lock().write_all(text);
-    })?;
-    match finish.exit_status() {
-        0 => {}
-        status => bail!("the measurement on the testbed failed (exit status {status})"),
-    }
-    let output = String::from_utf8_lossy(&output);
+    let output = inner(&testbed, "bench-inner", &words)?;
     let median = parse_median(&output, "husk").context("the testbed printed no median of husk")?;
     verdicts.push(Verdict::new(
         "spawn to init, virtual ms",
@@ -311,6 +299,22 @@ fn boot_to_init(husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result
         LIMIT_INIT_MS,
     ));
     Ok(())
+}
+
+/// Has this program measure on a testbed, by its subcommand `name`; what it prints, which is shown as it comes.
+pub fn inner(testbed: &Testbed, name: &str, words: &[String]) -> Result<String> {
+    let own = std::env::current_exe().context("this program's path is unknown")?;
+    let mut command = vec![own.display().to_string(), name.to_owned()];
+    command.extend_from_slice(words);
+    let mut output = Vec::new();
+    let finish = testbed.run(&command, &[], |text| {
+        output.extend_from_slice(text);
+        let _ = std::io::stdout().lock().write_all(text);
+    })?;
+    match finish.exit_status() {
+        0 => Ok(String::from_utf8_lossy(&output).into_owned()),
+        status => bail!("{name} failed on the testbed (exit status {status})"),
+    }
 }
 
 /// An initramfs of one program; its path.

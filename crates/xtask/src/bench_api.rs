@@ -111,8 +111,7 @@ pub fn run(runs: u32, husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> 
 }
 
 fn print_table(turns: &[Turn]) {
-    type Row = (&'static str, fn(&Turn) -> f64);
-    let rows: [Row; 13] = [
+    let rows: [bench::Row<Turn>; 13] = [
         ("spawn to end, program of nothing, ms", |t| t.nothing_ms),
         ("spawn to end, husk --version, ms", |t| t.version_ms),
         ("spawn to first byte, overlapped floor, ms", |t| t.floor_ms),
@@ -131,16 +130,7 @@ fn print_table(turns: &[Turn]) {
         ("GETs per second, 1 connection", |t| t.gets),
         ("GETs per second, 10 connections", |t| t.gets_of_many),
     ];
-    println!("{:42} {:>9} {:>9} {:>9}", "", "min", "median", "max");
-    for (name, value) in rows {
-        let values = || turns.iter().map(value);
-        println!(
-            "{name:42} {:9.2} {:9.2} {:9.2}",
-            values().fold(f64::INFINITY, f64::min),
-            median(values()),
-            values().fold(0.0, f64::max)
-        );
-    }
+    bench::print_rows(turns, &rows);
 }
 
 fn take_turn(husk: &Path, nothing: &Path, temp: &Path) -> Result<Turn> {
@@ -245,18 +235,6 @@ fn gets_per_second(served: &Served, connections: usize) -> Result<f64> {
 pub fn run_boots(husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Result<()> {
     let vmlinux = kernel::ensure()?;
     let initrd = bench::init_archive(temp)?;
-    let own = std::env::current_exe().context("this program's path is unknown")?;
-    let words = [
-        own.as_path(),
-        Path::new("bench-api-inner"),
-        husk,
-        &vmlinux,
-        &initrd,
-    ];
-    let command: Vec<String> = words
-        .iter()
-        .map(|path| path.display().to_string())
-        .collect();
     println!(
         "\nInstanceStart to init, minimal kernel, 1 vCPU, with and without GETs, testbed of 2 CPUs, real time:"
     );
@@ -265,15 +243,8 @@ pub fn run_boots(husk: &Path, temp: &Path, verdicts: &mut Vec<Verdict>) -> Resul
         limit: Some(Duration::from_secs(600)),
         ..Testbed::default()
     };
-    let mut output = Vec::new();
-    let finish = testbed.run(&command, &[], |text| {
-        output.extend_from_slice(text);
-        let _ = std::io::stdout().lock().write_all(text);
-    })?;
-    if finish.exit_status() != 0 {
-        bail!("the measurement of requests on the testbed failed");
-    }
-    let output = String::from_utf8_lossy(&output);
+    let files = [husk, &vmlinux, &initrd].map(|path| path.display().to_string());
+    let output = bench::inner(&testbed, "bench-api-inner", &files)?;
     let ratio = output
         .lines()
         .find_map(|line| line.trim().strip_prefix("ratio "));

@@ -1,6 +1,6 @@
 //! Throughput of devices, side by side with QEMU microvm, on the testbed with instructions counted.
 
-use crate::bench::{Verdict, median};
+use crate::bench::{self, Verdict, median};
 use crate::host;
 use crate::kernel;
 use crate::testbed::Testbed;
@@ -64,17 +64,6 @@ pub fn run(
     archive.file("init", 0o755, &tool)?;
     let initrd = temp.join("speed.cpio");
     host::write_atomically(&initrd, &archive.finish()?)?;
-    let own = std::env::current_exe().context("this program's path is unknown")?;
-    let command: Vec<String> = [
-        own.as_path(),
-        Path::new("bench-devices-inner"),
-        husk,
-        &vmlinux,
-        &initrd,
-    ]
-    .iter()
-    .map(|path| path.display().to_string())
-    .collect();
     let (how, qemu) = match copy_by_word {
         true => ("by word", vec!["-cpu".to_owned(), "max,-erms".to_owned()]),
         false => ("by byte", Vec::new()),
@@ -87,15 +76,8 @@ pub fn run(
         limit: Some(Duration::from_secs(1200)),
         ..Testbed::default()
     };
-    let mut output = Vec::new();
-    let finish = testbed.run(&command, &[], |text| {
-        output.extend_from_slice(text);
-        let _ = std::io::stdout().lock().write_all(text);
-    })?;
-    if finish.exit_status() != 0 {
-        bail!("the measurement of devices on the testbed failed");
-    }
-    let output = String::from_utf8_lossy(&output);
+    let files = [husk, &vmlinux, &initrd].map(|path| path.display().to_string());
+    let output = bench::inner(&testbed, "bench-devices-inner", &files)?;
     for name in MEASURED {
         let line = output.lines().find(|line| line.starts_with(name));
         let ratio = line.and_then(|line| line.split_whitespace().last()?.parse().ok());

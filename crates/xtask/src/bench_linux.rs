@@ -11,7 +11,6 @@ use crate::kernel;
 use crate::testbed::Testbed;
 use anyhow::{Context, Result, bail};
 use std::fs;
-use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -61,18 +60,6 @@ struct Turn {
 pub fn run(husk: &Path, temp: &Path) -> Result<()> {
     let vmlinux = kernel::ensure()?;
     let initrd = bench::archive_of_init(temp, "lines", INIT)?;
-    let own = std::env::current_exe().context("this program's path is unknown")?;
-    let words = [
-        own.as_path(),
-        Path::new("bench-linux-inner"),
-        husk,
-        &vmlinux,
-        &initrd,
-    ];
-    let command: Vec<String> = words
-        .iter()
-        .map(|path| path.display().to_string())
-        .collect();
     println!(
         "\nsnapshots and clones of the minimal kernel, 128 MiB, 1 vCPU, virtual ms on the testbed:"
     );
@@ -82,13 +69,8 @@ pub fn run(husk: &Path, temp: &Path) -> Result<()> {
         limit: Some(Duration::from_secs(1200)),
         ..Testbed::default()
     };
-    let finish = testbed.run(&command, &[], |text| {
-        let _ = std::io::stdout().lock().write_all(text);
-    })?;
-    match finish.exit_status() {
-        0 => Ok(()),
-        status => bail!("the measurement of snapshots on the testbed failed ({status})"),
-    }
+    let files = [husk, &vmlinux, &initrd].map(|path| path.display().to_string());
+    bench::inner(&testbed, "bench-linux-inner", &files).map(drop)
 }
 
 /// What runs inside the testbed.
